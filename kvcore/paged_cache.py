@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvcore.errors import InvalidInputError
-from kvcore.hashing import Tokens
+from kvcore.tokens import Tokens
 
 
 class StoredRun(NamedTuple):
