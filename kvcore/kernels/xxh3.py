@@ -178,17 +178,25 @@ def words_hash(words, start, n, seed):
     return h ^ (h >> _28)
 
 
-@njit(types.void(WORDS, _I, _U, OUT), nogil=True)
-def local_hashes(words, block_size, seed, out):
-    """Fill ``out[i]`` with the hash of block ``i`` alone; words [>= out.size * block_size]."""
-    for block in range(out.size):
-        out[block] = words_hash(words, block * block_size, block_size, seed)
+@njit(types.void(WORDS, _I, KEYS, types.boolean, _U, _U, OUT), nogil=True)
+def chain_blocks(words, block_size, extras, has_parent, parent, seed, keys):
+    """Fill ``keys[i]`` with the chained key of block i; without a parent local[0] is keys[0].
 
-
-@njit(types.void(OUT, types.boolean, _U, _U), nogil=True)
-def chain_keys(local, has_parent, parent, seed):
-    """Turn local hashes into chained keys, in place; without a parent the first one stands."""
+    words [>= keys.size * block_size]; extras [2 * k]: block number, digest of its extra keys.
+    """
+    for block in range(keys.size):
+        keys[block] = words_hash(words, block * block_size, block_size, seed)
+    for i in range(0, extras.size, 2):
+        block = np.int64(extras[i])
+        keys[block] = pair_hash(keys[block], extras[i + 1], seed)
     key = parent
-    for block in range(local.size):
-        key = pair_hash(key, local[block], seed) if has_parent or block else local[block]
-        local[block] = key
+    for block in range(keys.size):
+        key = pair_hash(key, keys[block], seed) if has_parent or block else keys[block]
+        keys[block] = key
+
+
+@njit(types.void(WORDS, _I, OUT), nogil=True)
+def digests(words, size, out):
+    """Fill ``out[i]`` with the hash, seed 0, of the i-th group of ``size`` words."""
+    for i in range(out.size):
+        out[i] = words_hash(words, i * size, size, np.uint64(0))
