@@ -51,7 +51,7 @@ def _encode_bytes(hashes: Sequence[EngineHash]) -> tuple[NDArray[np.uint64], NDA
         padded += name.ljust(MAX_BYTES, b"\0") + len(name).to_bytes(8, "little")
     words = np.frombuffer(bytes(padded), dtype=np.uint32)
     names = np.empty(len(hashes), dtype=np.uint64)
-    xxh3.digests(words, (MAX_BYTES + 8) // 4, names)
+    xxh3.digests(words, (MAX_BYTES + 8) // 4, np.uint64(0), names)
     return names, words.view(np.uint64)
 
 

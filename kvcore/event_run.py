@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvcore.engine_hashes import NO_WIDE
 from kvcore.errors import ArrayError, InvalidInputError
 from kvcore.hashing import BlockKeys, Tokens, check_block_size, check_tokens
-from kvcore.kernels import blocks, events
+from kvcore.kernels import events
 from kvcore.kernels import memory as m
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
         stop = int(np.searchsorted(ends, first + max(budget.blocks_until_check, 0), "right"))
         stop = max(stop, event + 1)
         event = events.apply(
-            header, run.is_store, bits, ends[:stop], run.hashes, run.follows, run.parents,
-            run.tokens, block_size, keys, NO_WIDE, event,
+            index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows, run.parents,
+            run.tokens, block_size, keys, event,
         )  # fmt: skip
         last = int(ends[event - 1]) if event else 0
         if event < stop:
@@ -76,7 +76,7 @@ def _finish_one(
     else:
         while done < names.size:
             index.make_room()
-            done = blocks.remove_run(header, int(bits[event]), names, NO_WIDE, done)
+            done = events.remove(index.memory.address, int(bits[event]), names, NO_WIDE, done)
 
 
 def _apply_one(index: BlockIndex, run: EventRun, event: int, block_size: int) -> int:

@@ -50,7 +50,7 @@ class Budget:
                 self._table = m.NAMES
             self._row = 1
         self._memory.make_room(m.SETS, 128)
-        self._row = sweeps.evict(header, self._table, self._row, _STEP_ROWS, self._least_age)
+        self._row = sweeps.evict(self._memory.address, self._table, self._row, _STEP_ROWS, self._least_age)
 
     def _choose_victim(self) -> None:
         """Begin a pass over the rows of the pod that holds most."""

@@ -46,8 +46,9 @@ def namespace_root(
 def hash_bytes(data: bytes, *, seed: int) -> int:
     """Return XXH3-64 of the length of ``data`` and ``data``, padded to whole 32-bit words."""
     padded = len(data).to_bytes(4, "little") + data + bytes(-len(data) % 4)
-    words = np.frombuffer(padded, dtype=np.uint32)
-    return int(xxh3.words_hash(words, 0, words.size, np.uint64(seed)))
+    words, out = np.frombuffer(padded, dtype=np.uint32), np.empty(1, dtype=np.uint64)
+    xxh3.digests(words, words.size, np.uint64(seed), out)
+    return int(out[0])
 
 
 def hash_blocks(

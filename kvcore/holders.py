@@ -111,7 +111,7 @@ class Holders:
     def sweep(self) -> None:
         """Do a step of taking dead bits out of the rows."""
         if not self._memory.make_room(m.SETS, 64) or not sweeps.sweep(
-            self._memory.header, SWEEP_ROWS
+            self._memory.address, SWEEP_ROWS
         ):
             return
         self.free_bits += self.dead_bits

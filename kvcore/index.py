@@ -27,7 +27,7 @@ from kvcore.hashing import (
 )
 from kvcore.holders import Holder, Holders, Scope
 from kvcore.index_memory import Memory
-from kvcore.kernels import blocks, events, lookup
+from kvcore.kernels import events, lookup
 from kvcore.kernels import memory as m
 from kvcore.waiting import WaitingArea, WaitingRun
 
@@ -84,7 +84,7 @@ class BlockIndex:
         self.budget = Budget(self.memory, self.members, capacity_bytes)
         self.waiting = WaitingArea(max_waiting_blocks)
         self.windows: dict[Scope, int | None] = {}
-        self._header = self.memory.header
+        self._header, self._address = self.memory.header, self.memory.address
 
     def holder(self, pod: str, rank: int = 0, tier: str = "gpu", group: int = 0) -> int:
         """Return the id of a holder, new or known. Tiers are compared in lower case.
@@ -143,7 +143,7 @@ class BlockIndex:
             kind, value = events.ROOT, np.uint64(root)
         keys = np.empty(n_blocks, dtype=np.uint64)
         done = events.store(
-            self._header,
+            self._address,
             bit,
             tokens,
             block_size,
@@ -160,7 +160,7 @@ class BlockIndex:
             kept = tokens.copy(), block_size, dict(extras or {})
             self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
             return StoreResult(0, names.size, 0, 0)
-        self.store_rest(bit, names, wide, keys, done)
+        self.store_rest(bit, names, wide, keys[n_blocks - names.size :], done)
         joined = self._join(self.members.names[holder].scope, decode(names, wide)) if self.waiting.runs else 0
         return StoreResult(names.size, 0, joined, self.settle(names.size))
 
@@ -172,7 +172,7 @@ class BlockIndex:
         """
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
-        unknown = self.run(blocks.store_known_run, bit, names, wide)
+        unknown = self.run(events.store_known, bit, names, wide)
         self.settle(names.size)
         return unknown
 
@@ -184,12 +184,12 @@ class BlockIndex:
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
         if not self.waiting.runs:
-            unknown = self.run(blocks.remove_run, bit, names, wide)
+            unknown = self.run(events.remove, bit, names, wide)
         else:
             unknown = 0
             for i, name in enumerate(decode(names, wide)):
                 one = names[i : i + 1], wide[m.WIDE_WORDS * i : m.WIDE_WORDS * (i + 1)]
-                if self.run(blocks.remove_run, bit, *one):
+                if self.run(events.remove, bit, *one):
                     unknown += not self.waiting.cancel(holder, name)
         self.settle(0)
         return unknown
@@ -205,7 +205,7 @@ class BlockIndex:
     def run(self, kernel: Callable, bit: int, names: BlockKeys, wide: NDArray[np.uint64]) -> int:
         """Run a kernel over names until its end, growing tables; return the unknown names."""
         done = 0
-        while (done := kernel(self._header, bit, names, wide, done)) < names.size:
+        while (done := kernel(self._address, bit, names, wide, done)) < names.size:
             self.make_room()
         unknown = self._header.item(m.UNKNOWN)
         self._header[m.UNKNOWN] = 0
@@ -216,8 +216,7 @@ class BlockIndex:
     ) -> None:
         while done < names.size:
             self.make_room()
-            last = self._header[m.LAST_ROW]
-            done = blocks.store_run(self._header, bit, keys, names, wide, done, last)
+            done = events.store_rest(self._address, bit, keys, names, wide, done)
 
     def make_room(self) -> None:
         for table in m.TABLES:
@@ -258,7 +257,7 @@ class BlockIndex:
     def _resolve(self, scope: Scope, name: EngineHash) -> int:
         """Return the row of the block that a scope calls ``name``, or 0."""
         names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
-        return blocks.resolve_block(self._header, self.members.scopes[scope], names[0], wide, 0)
+        return events.resolve(self._address, self.members.scopes[scope], names[0], wide)
 
     def settle(self, n_blocks: int) -> int:
         """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
@@ -327,7 +326,7 @@ class BlockIndex:
             [2, n_scopes] int32: scope numbers, blocks; the shortest first.
         """
         out = np.empty((2, self.members.n_bits), dtype=np.int32)
-        return out[:, : lookup.match(self._header, keys, out)]
+        return out[:, : lookup.match(self._address, keys, out)]
 
     def scopes(self) -> dict[int, Scope]:
         """Return (pod, rank, group) by the number that `match` uses; a clear changes it."""
@@ -341,7 +340,7 @@ class BlockIndex:
         """Tell which holder holds which block: [n_holders, n_keys]."""
         bits = np.array([self.members.bit(h) for h in holders], dtype=np.int64)
         out = np.empty((bits.size, keys.size), dtype=np.bool_)
-        lookup.presence(self._header, keys, bits, out)
+        lookup.presence(self._address, keys, bits, out)
         return out
 
     def holder_stats(self) -> list[HolderStats]:

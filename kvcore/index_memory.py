@@ -22,6 +22,7 @@ class Memory:
 
     def __init__(self, capacity_bytes: int, seed: int) -> None:
         self.header = np.zeros(m.HEADER_SIZE, dtype=np.int64)
+        self.address: int = self.header.ctypes.data  # what kernels take
         self.arrays: dict[int, NDArray] = {}  # by the word of the header with its address
         self.header[m.SEED] = np.uint64(seed).astype(np.int64)
         self.header[[m.ADD_FROM, m.DROP_FROM]] = -1
@@ -68,13 +69,13 @@ class Memory:
 
     def make_room(self, table: int, n: int) -> bool:
         """Grow a table until ``n`` rows fit; False if the budget's rows are used up."""
-        while not kernels.has_room(self.header, table, n):
+        while not kernels.table_has_room(self.address, table, n):
             if self.header[table + m.LIVE] + n >= self.header[table + m.LIMIT]:
                 if table != m.SETS:
                     return False
                 self._resize_sets(2 * int(self.header[m.SETS + m.LIMIT]), self.set_words)
                 continue
-            kernels.migrate(self.header, table, 1 << 40)
+            kernels.finish_migration(self.address, table)
             bits = int(self.header[table + m.BITS])
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
             self.keep(table + m.INDEX, np.zeros(2 << bits, dtype=np.uint32))

@@ -11,7 +11,7 @@ under one name (SELF, NAME), and names beyond the first for one block (ALIAS), p
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from kvcore.kernels.memory import (
     AGES,
@@ -45,7 +45,9 @@ from kvcore.kernels.memory import (
     WIDE,
     WIDE_WORDS,
     i64,
+    inner,
     mix,
+    pointer64,
     trailing_zeros,
     u16,
     u32,
@@ -54,19 +56,19 @@ from kvcore.kernels.memory import (
 from kvcore.kernels.sets import contains, give, with_holder, without_holder
 from kvcore.kernels.table import add, after, delete, find, first, has_room, migrate, row_at
 
-KEYS = types.Array(types.uint64, 1, "C", readonly=True)
+WORDS = types.CPointer(types.uint64)
 _I, _U, _V, _B = types.int64, types.uint64, types.void, types.boolean
 _SELF, _NAME, _ALIAS = 0, 1, 2
 _WIDE_FLAG = 1 << 31  # beside the block in a row of NAMES: the name is bytes
 _ONE = np.uint64(1)
 
 
-@njit(_U(_I, _I, _I), nogil=True)
+@inner(_U(_I, _I, _I))
 def _count_key(kind, row, bit):
     return mix(np.uint64(kind << 62 | row << 24 | bit))
 
 
-@njit(_V(HEADER, _I, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I, _I))
 def _count_up(header, kind, row, bit):
     key = _count_key(kind, row, bit)
     halves, entry = u32(header, COUNTS + ROWS), find(header, COUNTS, key)
@@ -78,7 +80,7 @@ def _count_up(header, kind, row, bit):
     i64(header, MEMBERS)[bit * MEMBER_WORDS + EXTRAS] += 1
 
 
-@njit(_I(HEADER, _I, _I, _I, _B), nogil=True)
+@inner(_I(HEADER, _I, _I, _I, _B))
 def _count_down(header, kind, row, bit, all_of_it):
     """Take one off a count, or all; return how many were taken."""
     members = i64(header, MEMBERS)
@@ -96,30 +98,30 @@ def _count_down(header, kind, row, bit, all_of_it):
     return count
 
 
-@njit(_B(HEADER, _I, _U, KEYS, _I), nogil=True)
-def _is_named(header, row, name, wide, at):
-    """Compare a row of NAMES with a name: an int, or bytes whose words are ``wide[5 * at:]``."""
+@inner(_B(HEADER, _I, _U, _I))
+def _is_named(header, row, name, wide):
+    """Compare a row of NAMES with a name: an int, or bytes whose five words are at ``wide``."""
     flagged = np.int64(u32(header, NAMES + ROWS)[4 * row + 3]) & _WIDE_FLAG != 0
-    if flagged != (wide.size > 0):
+    if flagged != (wide != 0):
         return False
     if flagged:
-        kept = u64(header, WIDE)
+        kept, given = u64(header, WIDE), pointer64(wide)
         for word in range(WIDE_WORDS):
-            if kept[row * WIDE_WORDS + word] != wide[at * WIDE_WORDS + word]:
+            if kept[row * WIDE_WORDS + word] != given[word]:
                 return False
     return True
 
 
-@njit(_I(HEADER, _I), nogil=True)
+@inner(_I(HEADER, _I))
 def _block_of(header, name_row):
     return np.int64(u32(header, NAMES + ROWS)[4 * name_row + 3]) & (_WIDE_FLAG - 1)
 
 
-@njit(_I(HEADER, _I, _U, KEYS, _I), nogil=True)
-def resolve(header, scope, name, wide, at):
+@inner(_I(HEADER, _I, _U, _I))
+def resolve(header, scope, name, wide):
     """Find what a scope calls ``name``: a row of NAMES, minus a row of BLOCKS, or 0."""
     mode = i64(header, MEMBERS)[scope * MEMBER_WORDS + MODE]
-    if mode & SELF_NAMED and wide.size == 0:
+    if mode & SELF_NAMED and wide == 0:
         row = find(header, BLOCKS, name)
         if row and not u16(header, AGES)[row] & NAMED:
             if contains(header, np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2]), scope):
@@ -129,21 +131,21 @@ def resolve(header, scope, name, wide, at):
         cursor = first(header, NAMES, key)
         while cursor >= 0:
             row = row_at(header, NAMES, cursor)
-            if _is_named(header, row, name, wide, at):
+            if _is_named(header, row, name, wide):
                 if contains(header, np.int64(u32(header, NAMES + ROWS)[4 * row + 2]), scope):
                     return row
             cursor = after(header, NAMES, key, cursor)
     return 0
 
 
-@njit(_I(HEADER, _I, _U, KEYS, _I), nogil=True)
-def resolve_block(header, scope, name, wide, at):
+@inner(_I(HEADER, _I, _U, _I))
+def resolve_block(header, scope, name, wide):
     """Return the row of the block that a scope calls ``name``, or 0."""
-    found = resolve(header, scope, name, wide, at)
+    found = resolve(header, scope, name, wide)
     return _block_of(header, found) if found > 0 else -found
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def _hold(header, row, bit):
     """Note that a holder has a block under one more name."""
     holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])
@@ -154,7 +156,7 @@ def _hold(header, row, bit):
     i64(header, MEMBERS)[bit * MEMBER_WORDS + HELD] += 1
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def _drop(header, row, bit):
     """Note that a holder has a block under one name fewer."""
     if _count_down(header, _ALIAS, row, bit, False):
@@ -164,28 +166,28 @@ def _drop(header, row, bit):
     i64(header, MEMBERS)[bit * MEMBER_WORDS + HELD] -= 1
 
 
-@njit(_I(HEADER, _I, _U, KEYS, _I), nogil=True)
-def _add_name(header, row, name, wide, at):
+@inner(_I(HEADER, _I, _U, _I))
+def _add_name(header, row, name, wide):
     made = add(header, NAMES, mix(name))
     flag = 0
-    if wide.size:
+    if wide:
         flag = _WIDE_FLAG
-        kept = u64(header, WIDE)
+        kept, given = u64(header, WIDE), pointer64(wide)
         for word in range(WIDE_WORDS):
-            kept[made * WIDE_WORDS + word] = wide[at * WIDE_WORDS + word]
+            kept[made * WIDE_WORDS + word] = given[word]
     u32(header, NAMES + ROWS)[4 * made + 3] = np.uint32(row | flag)
     return made
 
 
-@njit(_V(HEADER, _I, KEYS), nogil=True)
-def _write_names_out(header, row, no_wide):
+@inner(_V(HEADER, _I))
+def _write_names_out(header, row):
     """Turn a block that its holders name by its key into one with a row in NAMES."""
     ages, words = u16(header, AGES), header[SET_WORDS]
     ages[row] |= NAMED
     holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])
     if holders == 0:
         return
-    made = _add_name(header, row, u64(header, BLOCKS + ROWS)[2 * row], no_wide, 0)
+    made = _add_name(header, row, u64(header, BLOCKS + ROWS)[2 * row], 0)
     give(header, NAMES, made, holders)
     members = i64(header, MEMBERS)
     at = holders * header[SETS + STRIDE] + 2
@@ -199,7 +201,7 @@ def _write_names_out(header, row, no_wide):
                 _count_up(header, _NAME, made, bit)
 
 
-@njit(_I(HEADER, _U, _I), nogil=True)
+@inner(_I(HEADER, _U, _I))
 def find_block(header, key, before):
     """Return the row of a key, 0 if there is none, looking first at the row after ``before``.
 
@@ -212,7 +214,7 @@ def find_block(header, key, before):
     return find(header, BLOCKS, key)
 
 
-@njit(_V(HEADER, _I), nogil=True)
+@inner(_V(HEADER, _I))
 def _touch(header, row):
     """Make a block and its ancestors as recent as now; ends at the first that is already."""
     ages, now = u16(header, AGES), np.uint16(header[EPOCH])
@@ -222,7 +224,7 @@ def _touch(header, row):
         row = np.int64(halves[4 * row + 3])
 
 
-@njit(_B(HEADER, _I, _I), nogil=True)
+@inner(_B(HEADER, _I, _I))
 def _take(header, found, bit):
     """Take one copy that a holder has under a resolved name; False if it has none."""
     members = i64(header, MEMBERS)
@@ -243,7 +245,7 @@ def _take(header, found, bit):
     return True
 
 
-@njit(_I(HEADER, _I, _I), nogil=True)
+@inner(_I(HEADER, _I, _I))
 def take_all(header, found, bit):
     """Take every copy that a holder has under a resolved name; return whether it had any."""
     kind, row = (_NAME, found) if found > 0 else (_SELF, -found)
@@ -252,12 +254,12 @@ def take_all(header, found, bit):
     return np.int64(_take(header, found, bit))
 
 
-@njit(_I(HEADER, _I, _U, KEYS, _I, _I), nogil=True)
-def _purge_other(header, bit, name, wide, at, row):
+@inner(_I(HEADER, _I, _U, _I, _I))
+def _purge_other(header, bit, name, wide, row):
     """A name now means block ``row``: drop what its scope called so before. Return 1 if it did."""
     members = i64(header, MEMBERS)
     scope = members[bit * MEMBER_WORDS + SCOPE]
-    found = resolve(header, scope, name, wide, at)
+    found = resolve(header, scope, name, wide)
     if found == 0 or (_block_of(header, found) if found > 0 else -found) == row:
         return 0
     tier = members[bit * MEMBER_WORDS + SIBLING]
@@ -273,19 +275,19 @@ def _purge_other(header, bit, name, wide, at, row):
     return 1
 
 
-@njit(_I(HEADER, _I, _U, KEYS, _I), nogil=True)
-def _name_of_block(header, row, name, wide, at):
+@inner(_I(HEADER, _I, _U, _I))
+def _name_of_block(header, row, name, wide):
     key = mix(name)
     cursor = first(header, NAMES, key)
     while cursor >= 0:
         found = row_at(header, NAMES, cursor)
-        if _block_of(header, found) == row and _is_named(header, found, name, wide, at):
+        if _block_of(header, found) == row and _is_named(header, found, name, wide):
             return found
         cursor = after(header, NAMES, key, cursor)
     return 0
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def _add_copy(header, found, bit):
     """Give a holder one more copy under a resolved name."""
     members = i64(header, MEMBERS)
@@ -302,8 +304,8 @@ def _add_copy(header, found, bit):
         members[bit * MEMBER_WORDS + HELD] += 1
 
 
-@njit(_I(HEADER, _I, _U, _U, KEYS, _I, _I), nogil=True)
-def _store_block(header, bit, key, name, wide, at, before):
+@inner(_I(HEADER, _I, _U, _U, _I, _I))
+def _store_block(header, bit, key, name, wide, before):
     """Add one copy of a block; return its row. The caller has seen to the room."""
     members, ages = i64(header, MEMBERS), u16(header, AGES)
     mode_at = members[bit * MEMBER_WORDS + SCOPE] * MEMBER_WORDS + MODE
@@ -315,22 +317,22 @@ def _store_block(header, bit, key, name, wide, at, before):
         ages[row] = (ages[row] & NAMED) | np.uint16(header[EPOCH])
     if before:
         u32(header, BLOCKS + ROWS)[4 * row + 3] = np.uint32(before)
-    names_itself = wide.size == 0 and name == key
+    names_itself = wide == 0 and name == key
     if members[mode_at] & OTHER_NAMED or (members[mode_at] and not names_itself):
-        header[REPLACED] += _purge_other(header, bit, name, wide, at, row)
+        header[REPLACED] += _purge_other(header, bit, name, wide, row)
     if names_itself and not ages[row] & NAMED:
         members[mode_at] |= SELF_NAMED
         _add_copy(header, -row, bit)
         return row
     if not ages[row] & NAMED:
-        _write_names_out(header, row, wide[:0])
+        _write_names_out(header, row)
     members[mode_at] |= OTHER_NAMED
-    found = _name_of_block(header, row, name, wide, at)
-    _add_copy(header, found if found else _add_name(header, row, name, wide, at), bit)
+    found = _name_of_block(header, row, name, wide)
+    _add_copy(header, found if found else _add_name(header, row, name, wide), bit)
     return row
 
 
-@njit(_B(HEADER), nogil=True)
+@inner(_B(HEADER))
 def has_room_for_block(header):
     """Tell whether one more block surely fits into every table."""
     return (
@@ -341,57 +343,61 @@ def has_room_for_block(header):
     )
 
 
-@njit(_I(HEADER, _I, KEYS, KEYS, KEYS, _I, _I), nogil=True)
-def store_run(header, bit, keys, names, wide, start, before):
+@inner(_I(_I, _I))
+def wide_at(wide, i):
+    """Return the address of the i-th name's five words; 0 if names are ints."""
+    return wide + 8 * WIDE_WORDS * i if wide else 0
+
+
+@inner(_I(HEADER, _I, WORDS, WORDS, _I, _I, _I, _I))
+def store_run(header, bit, keys, names, n, wide, start, before):
     """Store blocks ``start:`` of a run that follows row ``before``; return where it ended.
 
-    keys [n] and names [m <= n] uint64, the names of the last m; wide [5 * m] if names are bytes.
     It ends before its end when a table is full; LAST_ROW is then the row to go on from.
     """
-    skipped = keys.size - names.size
     _touch(header, before)
-    for i in range(start, names.size):
+    for i in range(start, n):
         if not has_room_for_block(header):
             return i
-        before = _store_block(header, bit, keys[skipped + i], names[i], wide, i, before)
+        before = _store_block(header, bit, keys[i], names[i], wide_at(wide, i), before)
         header[LAST_ROW] = before
-        header[EPOCH_LEFT] -= 1
-        if header[EPOCH_LEFT] <= 0:
-            header[EPOCH] = (header[EPOCH] + 1) & EPOCH_MASK
-            header[EPOCH_LEFT] = header[EPOCH_LENGTH]
+    header[EPOCH_LEFT] -= n - start
+    if header[EPOCH_LEFT] <= 0:
+        header[EPOCH] = (header[EPOCH] + 1) & EPOCH_MASK
+        header[EPOCH_LEFT] = header[EPOCH_LENGTH]
     for table in (BLOCKS, NAMES, COUNTS, SETS):
-        migrate(header, table, 8 * (names.size - start) + 64)
-    return names.size
+        migrate(header, table, 8 * (n - start) + 64)
+    return n
 
 
-@njit(_I(HEADER, _I, KEYS, KEYS, _I), nogil=True)
-def store_known_run(header, bit, names, wide, start):
+@inner(_I(HEADER, _I, WORDS, _I, _I, _I))
+def store_known_run(header, bit, names, n, wide, start):
     """Add one copy of each block ``start:`` that the holder's scope names so; return the end.
 
     It ends before its end when a table is full. UNKNOWN counts the names the scope does not have.
     """
     scope = i64(header, MEMBERS)[bit * MEMBER_WORDS + SCOPE]
-    for i in range(start, names.size):
+    for i in range(start, n):
         if not has_room_for_block(header):
             return i
-        found = resolve(header, scope, names[i], wide, i)
+        found = resolve(header, scope, names[i], wide_at(wide, i))
         if found:
             _add_copy(header, found, bit)
         else:
             header[UNKNOWN] += 1
-    return names.size
+    return n
 
 
-@njit(_I(HEADER, _I, KEYS, KEYS, _I), nogil=True)
-def remove_run(header, bit, names, wide, start):
+@inner(_I(HEADER, _I, WORDS, _I, _I, _I))
+def remove_run(header, bit, names, n, wide, start):
     """Take one copy of each block ``start:`` away; return the end.
 
     It ends before its end when a table is full. UNKNOWN counts the names the holder does not have.
     """
     scope = i64(header, MEMBERS)[bit * MEMBER_WORDS + SCOPE]
-    for i in range(start, names.size):
+    for i in range(start, n):
         if not has_room(header, SETS, 4):
             return i
-        if not _take(header, resolve(header, scope, names[i], wide, i), bit):
+        if not _take(header, resolve(header, scope, names[i], wide_at(wide, i)), bit):
             header[UNKNOWN] += 1
-    return names.size
+    return n

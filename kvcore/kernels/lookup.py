@@ -1,37 +1,40 @@
 """Questions: which scopes hold a prompt's leading blocks."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from kvcore.kernels.blocks import KEYS, find_block
+from kvcore.kernels.blocks import find_block
 from kvcore.kernels.memory import (
     BLOCKS,
-    HEADER,
+    ADDRESS,
     HIGH,
     MASK,
     ROWS,
     SET_WORDS,
     SETS,
     STRIDE,
+    entry,
+    header_at,
     trailing_zeros,
     u32,
     u64,
 )
 from kvcore.kernels.sets import contains
+from kvcore.kernels.xxh3 import KEYS
 
 _I = types.int64
 _ONE = np.uint64(1)
 OUT = types.Array(types.int32, 2, "C")
 
 
-@njit(_I(HEADER, KEYS, OUT), nogil=True)
-def match(header, keys, out):
+@entry(_I(ADDRESS, KEYS, OUT))
+def match(address, keys, out):
     """Write each scope that holds the first block, and how many leading blocks it holds.
 
     out [2, >= members] int32: scopes, blocks. Returns how many scopes; the shortest come first.
     Ends with the last holder. O(blocks walked); a chain stored in one piece is read in order.
     """
-    n, found = keys.size, 0
+    header, n, found = header_at(address), keys.size, 0
     if n == 0:
         return 0
     row = find_block(header, keys[0], 0)
@@ -87,10 +90,10 @@ def match(header, keys, out):
     return found
 
 
-@njit(types.void(HEADER, KEYS, types.int64[::1], types.Array(types.boolean, 2, "C")), nogil=True)
-def presence(header, keys, bits, out):
+@entry(types.void(ADDRESS, KEYS, types.int64[::1], types.Array(types.boolean, 2, "C")))
+def presence(address, keys, bits, out):
     """Fill out[i, j]: whether member ``bits[i]`` holds block ``keys[j]``. O(keys * bits)."""
-    row = 0
+    header, row = header_at(address), 0
     for j in range(keys.size):
         row = find_block(header, keys[j], row)
         holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])

@@ -10,11 +10,23 @@ Row numbers and counters are int64 and keys are uint64, never mixed: numba adds 
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-HEADER = types.int64[::1]
+# Inside, arrays are plain pointers: numba counts references to arrays, at every call.
+HEADER = types.CPointer(types.int64)
+ADDRESS = types.int64  # of the header, as Python passes it; and of other things
+
+
+def inner(signature):
+    """Compile a kernel that only kernels call."""
+    return njit(signature, nogil=True, no_cpython_wrapper=True)
+
+
+def entry(signature):
+    """Compile a kernel that Python calls."""
+    return njit(signature, nogil=True)
 
 # Four hash tables, each described by eleven consecutive words of the header from its base on.
 # Their rows: [key u64][u32 that is 0 while the row is free][u32 next free row, or payload] …
@@ -41,49 +53,46 @@ WIDE_WORDS = 5  # an engine hash of up to 32 bytes, and its length
 NAMED = np.uint16(1 << 15)  # in ages: the block has rows in NAMES; the other bits are the epoch
 EPOCH_MASK = (1 << 15) - 1
 
-_ENDLESS = (1 << 40,)  # bounds are the callers' business
-
-
 def _pointer_to(width: int, pointed: types.Type):
     @intrinsic
     def pointer(_context, address):
-        if address != types.int64:
-            raise TypingError("an address is int64")
+        if address not in (types.int64, types.uint64):
+            raise TypingError("an address has 64 bits")
 
         def build(_ctx, builder, _sig, args):
             return builder.inttoptr(args[0], ir.IntType(width).as_pointer())
 
-        return types.CPointer(pointed)(types.int64), build
+        return types.CPointer(pointed)(address), build
 
     return pointer
 
 
-_pointer64, _pointer32 = _pointer_to(64, types.uint64), _pointer_to(32, types.uint32)
-_pointer16, _pointer_int = _pointer_to(16, types.uint16), _pointer_to(64, types.int64)
+pointer64, pointer32 = _pointer_to(64, types.uint64), _pointer_to(32, types.uint32)
+_pointer16, header_at = _pointer_to(16, types.uint16), _pointer_to(64, types.int64)
 
 
-@njit(types.uint64[::1](HEADER, types.int64), nogil=True)
+@inner(types.CPointer(types.uint64)(HEADER, types.int64))
 def u64(header, word):
     """View the array whose address is in a word of the header as uint64."""
-    return carray(_pointer64(header[word]), _ENDLESS, np.uint64)
+    return pointer64(header[word])
 
 
-@njit(types.uint32[::1](HEADER, types.int64), nogil=True)
+@inner(types.CPointer(types.uint32)(HEADER, types.int64))
 def u32(header, word):
     """View the same bytes as uint32, little-endian halves."""
-    return carray(_pointer32(header[word]), _ENDLESS, np.uint32)
+    return pointer32(header[word])
 
 
-@njit(types.uint16[::1](HEADER, types.int64), nogil=True)
+@inner(types.CPointer(types.uint16)(HEADER, types.int64))
 def u16(header, word):
     """View the array as uint16."""
-    return carray(_pointer16(header[word]), _ENDLESS, np.uint16)
+    return _pointer16(header[word])
 
 
-@njit(types.int64[::1](HEADER, types.int64), nogil=True)
+@inner(types.CPointer(types.int64)(HEADER, types.int64))
 def i64(header, word):
     """View the array as int64."""
-    return carray(_pointer_int(header[word]), _ENDLESS, np.int64)
+    return header_at(header[word])
 
 
 @intrinsic
@@ -102,7 +111,7 @@ _A, _B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
-@njit(types.uint64(types.uint64), nogil=True)
+@inner(types.uint64(types.uint64))
 def mix(word):
     """Spread a word over all 64 bits, one to one, so that the mixed value is as good a key."""
     word = (word ^ (word >> _30)) * _A

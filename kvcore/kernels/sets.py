@@ -6,7 +6,7 @@ of one key are compared in full. Set 0 is the empty set. Row: [key][references u
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from kvcore.kernels.memory import (
     ADD_BIT,
@@ -25,6 +25,7 @@ from kvcore.kernels.memory import (
     SIBLING,
     STRIDE,
     i64,
+    inner,
     mix,
     u32,
     u64,
@@ -35,21 +36,21 @@ _I, _U, _V = types.int64, types.uint64, types.void
 _ONE = np.uint64(1)
 
 
-@njit(types.boolean(HEADER, _I, _I), nogil=True)
+@inner(types.boolean(HEADER, _I, _I))
 def contains(header, holders, bit):
     """Tell whether set ``holders`` has member ``bit``."""
     word = u64(header, SETS + ROWS)[holders * header[SETS + STRIDE] + 2 + (bit >> 6)]
     return (word >> np.uint64(bit & 63)) & _ONE != 0
 
 
-@njit(_V(HEADER, _I), nogil=True)
+@inner(_V(HEADER, _I))
 def retain(header, holders):
     """Count one more row that has this set."""
     if holders:
         u32(header, SETS + ROWS)[2 * holders * header[SETS + STRIDE] + 2] += np.uint32(1)
 
 
-@njit(_V(HEADER, _I), nogil=True)
+@inner(_V(HEADER, _I))
 def release(header, holders):
     """Count one row fewer; a set that nobody has is freed, and the memos with it."""
     if not holders:
@@ -62,12 +63,12 @@ def release(header, holders):
         header[ADD_FROM] = header[DROP_FROM] = -1
 
 
-@njit(_U(_I, _I), nogil=True)
+@inner(_U(_I, _I))
 def _bit_in(word, bit):
     return _ONE << np.uint64(bit & 63) if bit >> 6 == word else np.uint64(0)
 
 
-@njit(_I(HEADER, _I, _I, _I), nogil=True)
+@inner(_I(HEADER, _I, _I, _I))
 def _flipped(header, holders, bit, other):
     """Return the set that differs in ``bit`` and, unless it is negative, in ``other``."""
     stride, words = header[SETS + STRIDE], header[SET_WORDS]
@@ -104,7 +105,7 @@ def _flipped(header, holders, bit, other):
     return made
 
 
-@njit(_I(HEADER, _I, _I), nogil=True)
+@inner(_I(HEADER, _I, _I))
 def with_holder(header, holders, bit):
     """Return the set with a holder that it does not have yet."""
     if header[ADD_FROM] == holders and header[ADD_BIT] == bit:
@@ -116,7 +117,7 @@ def with_holder(header, holders, bit):
     return made
 
 
-@njit(_I(HEADER, _I, _I), nogil=True)
+@inner(_I(HEADER, _I, _I))
 def without_holder(header, holders, bit):
     """Return the set without a holder that it has."""
     if header[DROP_FROM] == holders and header[DROP_BIT] == bit:
@@ -134,7 +135,7 @@ def without_holder(header, holders, bit):
     return made
 
 
-@njit(_V(HEADER, _I, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I, _I))
 def give(header, table, row, holders):
     """Let a row of BLOCKS or NAMES have a set; a row whose set is empty is deleted."""
     halves, at = u32(header, table + ROWS), 4 * row + 2

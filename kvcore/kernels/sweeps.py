@@ -1,10 +1,11 @@
 """Passes over all rows, in steps: what was cleared is purged, what is oldest is evicted."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from kvcore.kernels.blocks import take_all
 from kvcore.kernels.memory import (
+    ADDRESS,
     AGES,
     BLOCKS,
     COUNTS,
@@ -26,7 +27,10 @@ from kvcore.kernels.memory import (
     SWEEP_ROW,
     SWEEP_TABLE,
     VICTIM,
+    entry,
+    header_at,
     i64,
+    inner,
     trailing_zeros,
     u16,
     u32,
@@ -39,20 +43,21 @@ _I, _U, _B = types.int64, types.uint64, types.boolean
 _ONE = np.uint64(1)
 
 
-@njit(_U(HEADER, _I, _I, _I), nogil=True)
+@inner(_U(HEADER, _I, _I, _I))
 def _common(header, holders, mask, word):
     """Return one word of what a set has in common with the mask in a word of the header."""
     at = holders * header[SETS + STRIDE] + 2 + word
     return u64(header, SETS + ROWS)[at] & u64(header, mask)[word]
 
 
-@njit(_B(HEADER, _I), nogil=True)
-def sweep(header, n):
+@entry(_B(ADDRESS, _I))
+def sweep(address, n):
     """Take the members in DEAD out of up to ``n`` rows; True at the end of all tables.
 
     Blocks go before names, since a block may write its holders into a name while the pass goes on.
     It ends early when SETS is full.
     """
+    header = header_at(address)
     members = i64(header, MEMBERS)
     for _ in range(n):
         table, row = header[SWEEP_TABLE], header[SWEEP_ROW]
@@ -84,12 +89,13 @@ def sweep(header, n):
     return False
 
 
-@njit(_I(HEADER, _I, _I, _I, _I), nogil=True)
-def evict(header, table, row, n, least_age):
+@entry(_I(ADDRESS, _I, _I, _I, _I))
+def evict(address, table, row, n, least_age):
     """Take the holders in VICTIM out of old enough rows from ``row`` on, up to ``n`` of them.
 
     Returns the row to go on from; it ends early when SETS is full.
     """
+    header = header_at(address)
     members, ages = i64(header, MEMBERS), u16(header, AGES)
     stop = min(row + n, header[table + HIGH])
     halves = u32(header, table + ROWS)

@@ -7,7 +7,7 @@ cost of growth is spread over the operations after it.
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from kvcore.kernels.memory import (
     BITS,
@@ -20,8 +20,12 @@ from kvcore.kernels.memory import (
     MOVED,
     OLD,
     OLD_BITS,
+    ADDRESS,
     ROWS,
     STRIDE,
+    entry,
+    header_at,
+    inner,
     u32,
     u64,
 )
@@ -31,17 +35,17 @@ _OLD_FLAG = 1 << 40  # in a cursor: the slot is one of the old index
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-@njit(_I(_U, _I), nogil=True)
+@inner(_I(_U, _I))
 def _home(key, bits):
     return np.int64(key >> np.uint64(64 - bits))
 
 
-@njit(_I(_U, _I, _I), nogil=True)
+@inner(_I(_U, _I, _I))
 def _entry(key, bits, row):
     return np.int64((key << np.uint64(bits)) & _LOW) | row
 
 
-@njit(_I(HEADER, _I, _U, _I), nogil=True)
+@inner(_I(HEADER, _I, _U, _I))
 def _scan(header, table, key, cursor):
     """Return the first cursor from ``cursor`` on whose row has the key, or -1."""
     rows, stride = u64(header, table + ROWS), header[table + STRIDE]
@@ -65,13 +69,13 @@ def _scan(header, table, key, cursor):
         slot = _home(key, header[table + OLD_BITS])
 
 
-@njit(_I(HEADER, _I, _U), nogil=True)
+@inner(_I(HEADER, _I, _U))
 def first(header, table, key):
     """Return a cursor at the first row with the key, or -1."""
     return _scan(header, table, key, _home(key, header[table + BITS]))
 
 
-@njit(_I(HEADER, _I, _U, _I), nogil=True)
+@inner(_I(HEADER, _I, _U, _I))
 def after(header, table, key, cursor):
     """Return a cursor at the next row with the key, or -1."""
     bits = header[table + OLD_BITS] if cursor & _OLD_FLAG else header[table + BITS]
@@ -79,7 +83,7 @@ def after(header, table, key, cursor):
     return _scan(header, table, key, slot | (cursor & _OLD_FLAG))
 
 
-@njit(_I(HEADER, _I, _I), nogil=True)
+@inner(_I(HEADER, _I, _I))
 def row_at(header, table, cursor):
     """Return the row a cursor stands at."""
     slot = cursor & (_OLD_FLAG - 1)
@@ -88,14 +92,14 @@ def row_at(header, table, cursor):
     return np.int64(u32(header, table + INDEX)[slot]) & ((1 << header[table + BITS]) - 1)
 
 
-@njit(_I(HEADER, _I, _U), nogil=True)
+@inner(_I(HEADER, _I, _U))
 def find(header, table, key):
     """Return the row with the key, 0 if there is none; for tables whose keys are unique."""
     cursor = first(header, table, key)
     return row_at(header, table, cursor) if cursor >= 0 else 0
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def _link(header, table, row):
     bits, index = header[table + BITS], u32(header, table + INDEX)
     key = u64(header, table + ROWS)[row * header[table + STRIDE]]
@@ -105,7 +109,7 @@ def _link(header, table, row):
     index[slot] = np.uint32(_entry(key, bits, row))
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def _unlink(header, table, row):
     """Take a row out of the index it is in, the new or the old one."""
     rows, stride = u64(header, table + ROWS), header[table + STRIDE]
@@ -130,14 +134,14 @@ def _unlink(header, table, row):
         return
 
 
-@njit(types.boolean(HEADER, _I, _I), nogil=True)
+@inner(types.boolean(HEADER, _I, _I))
 def has_room(header, table, n):
     """Tell whether ``n`` rows can be added: the index stays at most three quarters full."""
     live = header[table + LIVE] + n
     return live <= (3 << header[table + BITS]) >> 2 and live < header[table + LIMIT]
 
 
-@njit(_I(HEADER, _I, _U), nogil=True)
+@inner(_I(HEADER, _I, _U))
 def add(header, table, key):
     """Add a row and return it; the caller has asked `has_room` and fills it in at once."""
     row = header[table + FREE]
@@ -154,7 +158,7 @@ def add(header, table, key):
     return row
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def delete(header, table, row):
     """Take a row out of the table."""
     _unlink(header, table, row)
@@ -165,7 +169,7 @@ def delete(header, table, row):
     header[table + LIVE] -= 1
 
 
-@njit(_V(HEADER, _I, _I), nogil=True)
+@inner(_V(HEADER, _I, _I))
 def migrate(header, table, n):
     """Move up to ``n`` rows from the old index to the new one; at the end the old one is gone."""
     if header[table + OLD] == 0:
@@ -181,3 +185,15 @@ def migrate(header, table, n):
     header[table + MOVED] = row
     if row == high:
         header[table + OLD] = 0
+
+
+@entry(types.boolean(ADDRESS, _I, _I))
+def table_has_room(address, table, n):
+    """Be `has_room` for Python."""
+    return has_room(header_at(address), table, n)
+
+
+@entry(_V(ADDRESS, _I))
+def finish_migration(address, table):
+    """Empty the old index at once."""
+    migrate(header_at(address), table, 1 << 40)
