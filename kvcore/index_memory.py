@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvcore.kernels import memory as m
 from kvcore.kernels import table as kernels
 
-MIN_BITS = 6  # log2 of an index's slots at first
+MIN_BITS = 10  # log2 of an index's slots at first
 BLOCK_BYTES, NAME_BYTES, COUNT_BYTES, WIDE_BYTES = 18, 16, 16, 8 * m.WIDE_WORDS
 # A store needs this much room at a time, whatever the budget.
 SPARE_ROWS = 64

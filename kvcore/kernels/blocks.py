@@ -54,13 +54,14 @@ from kvcore.kernels.memory import (
     u64,
 )
 from kvcore.kernels.sets import contains, give, with_holder, without_holder
-from kvcore.kernels.table import add, after, delete, find, first, has_room, migrate, row_at
+from kvcore.kernels.table import add, after, delete, expect, find, first, has_room, migrate, row_at
 
 WORDS = types.CPointer(types.uint64)
 _I, _U, _V, _B = types.int64, types.uint64, types.void, types.boolean
 _SELF, _NAME, _ALIAS = 0, 1, 2
 _WIDE_FLAG = 1 << 31  # beside the block in a row of NAMES: the name is bytes
 _ONE = np.uint64(1)
+_AHEAD = 8  # blocks; the slots of what comes are fetched meanwhile
 
 
 @inner(_U(_I, _I, _I))
@@ -359,6 +360,8 @@ def store_run(header, bit, keys, names, n, wide, start, before):
     for i in range(start, n):
         if not has_room_for_block(header):
             return i
+        if i + _AHEAD < n:
+            expect(header, BLOCKS, keys[i + _AHEAD])
         before = _store_block(header, bit, keys[i], names[i], wide_at(wide, i), before)
         header[LAST_ROW] = before
     header[EPOCH_LEFT] -= n - start
@@ -398,6 +401,8 @@ def remove_run(header, bit, names, n, wide, start):
     for i in range(start, n):
         if not has_room(header, SETS, 4):
             return i
+        if i + _AHEAD < n:
+            expect(header, BLOCKS, names[i + _AHEAD])
         if not _take(header, resolve(header, scope, names[i], wide_at(wide, i)), bit):
             header[UNKNOWN] += 1
     return n

@@ -107,6 +107,27 @@ def trailing_zeros(_context, word):
     return types.int64(types.uint64), build
 
 
+@intrinsic
+def _prefetch(_context, pointer):
+    def build(_ctx, builder, _sig, args):
+        byte_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        of = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, of, name)
+        address = builder.bitcast(args[0], byte_pointer)
+        read, near, data = (ir.Constant(i32, n) for n in (0, 3, 1))
+        builder.call(function, [address, read, near, data])
+        return _ctx.get_dummy_value()
+
+    return types.void(pointer), build
+
+
+@inner(types.void(HEADER, types.int64, types.int64))
+def prefetch32(header, word, i):
+    """Have element ``i`` of a uint32 array fetched, which takes as long as it is waited for."""
+    _prefetch(pointer32(header[word] + 4 * i))
+
+
 _A, _B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
 

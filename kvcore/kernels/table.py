@@ -26,6 +26,7 @@ from kvcore.kernels.memory import (
     entry,
     header_at,
     inner,
+    prefetch32,
     u32,
     u64,
 )
@@ -99,39 +100,43 @@ def find(header, table, key):
     return row_at(header, table, cursor) if cursor >= 0 else 0
 
 
+@inner(_V(HEADER, _I, _U))
+def expect(header, table, key):
+    """Have the slot fetched where a key is looked for soon."""
+    prefetch32(header, table + INDEX, _home(key, header[table + BITS]))
+
+
 @inner(_V(HEADER, _I, _I))
 def _link(header, table, row):
+    """Put a row into the new index, unless it is there."""
     bits, index = header[table + BITS], u32(header, table + INDEX)
     key = u64(header, table + ROWS)[row * header[table + STRIDE]]
-    slot = _home(key, bits)
-    while index[slot] != 0:
+    slot, entry = _home(key, bits), np.uint32(_entry(key, bits, row))
+    while index[slot] != 0 and index[slot] != entry:
         slot = (slot + 1) & ((1 << bits) - 1)
-    index[slot] = np.uint32(_entry(key, bits, row))
+    index[slot] = entry
 
 
-@inner(_V(HEADER, _I, _I))
-def _unlink(header, table, row):
-    """Take a row out of the index it is in, the new or the old one."""
-    rows, stride = u64(header, table + ROWS), header[table + STRIDE]
+@inner(_V(HEADER, _I, _I, _I))
+def _unlink(header, table, row, old):
+    """Take a row out of the new or the old index, if it is there."""
+    index = u32(header, table + (OLD if old else INDEX))
+    bits = header[table + (OLD_BITS if old else BITS)]
+    rows, stride, mask = u64(header, table + ROWS), header[table + STRIDE], (1 << bits) - 1
     key = rows[row * stride]
-    for old in range(2):
-        index = u32(header, table + (OLD if old else INDEX))
-        bits = header[table + (OLD_BITS if old else BITS)]
-        mask = (1 << bits) - 1
-        slot, wanted = _home(key, bits), np.uint32(_entry(key, bits, row))
-        while index[slot] != 0 and index[slot] != wanted:
-            slot = (slot + 1) & mask
+    slot, wanted = _home(key, bits), np.uint32(_entry(key, bits, row))
+    while index[slot] != wanted:
         if index[slot] == 0:
-            continue
-        hole, slot = slot, (slot + 1) & mask
-        while index[slot] != 0:
-            home = _home(rows[(np.int64(index[slot]) & mask) * stride], bits)
-            if (slot - home) & mask >= (slot - hole) & mask:  # it may stand where the hole is
-                index[hole] = index[slot]
-                hole = slot
-            slot = (slot + 1) & mask
-        index[hole] = 0
-        return
+            return
+        slot = (slot + 1) & mask
+    hole, slot = slot, (slot + 1) & mask
+    while index[slot] != 0:
+        home = _home(rows[(np.int64(index[slot]) & mask) * stride], bits)
+        if (slot - home) & mask >= (slot - hole) & mask:  # it may stand where the hole is
+            index[hole] = index[slot]
+            hole = slot
+        slot = (slot + 1) & mask
+    index[hole] = 0
 
 
 @inner(types.boolean(HEADER, _I, _I))
@@ -161,7 +166,9 @@ def add(header, table, key):
 @inner(_V(HEADER, _I, _I))
 def delete(header, table, row):
     """Take a row out of the table."""
-    _unlink(header, table, row)
+    _unlink(header, table, row, 0)
+    if header[table + OLD]:
+        _unlink(header, table, row, 1)
     halves, at = u32(header, table + ROWS), 2 * row * header[table + STRIDE] + 2
     halves[at] = 0
     halves[at + 1] = np.uint32(header[table + FREE])
@@ -179,7 +186,6 @@ def migrate(header, table, n):
     stop = min(row + n, high)
     while row < stop:
         if halves[2 * row * stride + 2] != 0:
-            _unlink(header, table, row)
             _link(header, table, row)
         row += 1
     header[table + MOVED] = row
