@@ -43,7 +43,7 @@ class Holders:
         self.bits: dict[int, int] = {}  # by holder id
         self.scopes: dict[Scope, int] = {}  # bits of scopes
         self._tiers: dict[Scope, list[int]] = {}  # holder ids
-        self._free_ids: list[int] = []
+        self.free_ids: list[int] = []
         self.n_bits = 0
         self.free_bits: list[int] = []
         self.dead_bits: list[int] = []  # in DEAD
@@ -58,13 +58,18 @@ class Holders:
                 self.scopes[name.scope] = self._new_scope_bit()
                 self._tiers[name.scope] = []
             tiers = self._tiers[name.scope]
-            number = self._free_ids.pop() if self._free_ids else len(self.names)
+            number = self.free_ids.pop() if self.free_ids else len(self.names)
             self.bits[number] = self._new_bit(
                 self.scopes[name.scope], [self.bits[i] for i in tiers]
             )
             self.ids[name], self.names[number] = number, name
             tiers.append(number)
         return self.ids[name]
+
+    def adopt(self, number: int, name: Holder, bit: int) -> None:
+        """Take over a holder from a snapshot, whose members array is in place."""
+        self.ids[name], self.names[number], self.bits[number] = number, name, bit
+        self._tiers.setdefault(name.scope, []).append(number)
 
     def bit(self, holder: int) -> int:
         """Return the bit of a holder.
@@ -105,7 +110,7 @@ class Holders:
         for i in self._tiers.pop(scope):
             self._retire([self.bits.pop(i)])
             del self.ids[self.names.pop(i)]
-            self._free_ids.append(i)
+            self.free_ids.append(i)
         self._retire([self.scopes.pop(scope)])
 
     def sweep(self) -> None:

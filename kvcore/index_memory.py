@@ -27,21 +27,27 @@ class Memory:
         self.header[m.SEED] = np.uint64(seed).astype(np.int64)
         self.header[[m.ADD_FROM, m.DROP_FROM]] = -1
         self.header[m.SET_WORDS] = 1
-        self.limit_rows = capacity_bytes // BLOCK_BYTES + SPARE_ROWS
         for table in m.TABLES:
             self.header[table + m.STRIDE] = 3 if table == m.SETS else 2
             self.header[table + m.HIGH] = 1
             self.header[table + m.BITS] = MIN_BITS
-            self.header[table + m.LIMIT] = 64 if table == m.SETS else self.limit_rows
-            rows = self.header[table + m.LIMIT] * self.header[table + m.STRIDE]
-            self.keep(table + m.ROWS, np.zeros(rows, dtype=np.uint64))
             self.keep(table + m.INDEX, np.zeros(1 << MIN_BITS, dtype=np.uint32))
-        self.keep(m.AGES, np.zeros(self.limit_rows, dtype=np.uint16))
+        self.header[m.SETS + m.LIMIT] = 64
+        self.keep(m.SETS + m.ROWS, np.zeros(64 * 3, dtype=np.uint64))
+        self.reserve_rows(capacity_bytes // BLOCK_BYTES + SPARE_ROWS)
         self.keep(m.MEMBERS, np.zeros((64, m.MEMBER_WORDS), dtype=np.int64))
         for word in (m.MASK, m.DEAD, m.VICTIM):
             self.keep(word, np.zeros(1, dtype=np.uint64))
         # About 64 epochs to fill the budget once: fine enough to tell the recent from the old.
         self.header[m.EPOCH_LENGTH] = self.header[m.EPOCH_LEFT] = self.limit_rows // 128 + 1
+
+    def reserve_rows(self, limit: int) -> None:
+        """Reserve the rows of the three big tables, which are empty."""
+        self.limit_rows = limit
+        for table in (m.BLOCKS, m.NAMES, m.COUNTS):
+            self.header[table + m.LIMIT] = limit
+            self.keep(table + m.ROWS, np.zeros(2 * limit, dtype=np.uint64))
+        self.keep(m.AGES, np.zeros(limit, dtype=np.uint16))
 
     def keep(self, word: int, array: NDArray) -> None:
         """Own an array, and write its address into a word of the header."""
