@@ -14,6 +14,7 @@ EngineHashes = Sequence[int] | Sequence[bytes] | NDArray[np.uint64] | NDArray[np
 MAX_BYTES = 32
 NO_WIDE: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 _MASK = (1 << 64) - 1
+_UINT64 = np.dtype(np.uint64)
 
 
 def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -26,6 +27,8 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
         InvalidInputError: Not 1-D, not ints of 64 bits or bytes of at most 32, or both mixed.
     """
     if isinstance(hashes, np.ndarray):
+        if hashes.dtype is _UINT64 and hashes.strides == (8,):
+            return hashes, NO_WIDE
         if hashes.ndim != 1 or hashes.dtype not in (np.uint64, np.int64):
             raise ArrayError("engine hashes must be a 1-D array of 64-bit ints")
         return np.ascontiguousarray(hashes).view(np.uint64), NO_WIDE
@@ -35,6 +38,14 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
         return np.array([_as_unsigned(h) for h in hashes], dtype=np.uint64), NO_WIDE
     except (TypeError, ValueError, OverflowError) as exc:
         raise InvalidInputError("an engine hash is a 64-bit int, or at most 32 bytes") from exc
+
+
+def encode_one(name: EngineHash) -> tuple[int, NDArray[np.uint64]]:
+    """Return one name's word, and its five words if it is bytes."""
+    if type(name) is int and 0 <= name <= _MASK:
+        return name, NO_WIDE
+    names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
+    return int(names[0]), wide
 
 
 def _as_unsigned(name: EngineHash) -> int:

@@ -33,7 +33,7 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
     """Apply a run to an index; `BlockIndex.apply` says what it does."""
     bits = _checked_bits(index, run, block_size)
     ends, header, budget = run.ends, index.memory.header, index.budget
-    keys = np.empty(int(np.diff(ends, prepend=0).max(initial=0)), dtype=np.uint64)
+    keys = index.memory.use_keys(int(np.diff(ends, prepend=0).max(initial=0)))
     event, unknown = 0, 0
     while event < ends.size:
         if index.waiting.runs:  # a store may free what waits, and a removal may cancel it
@@ -46,7 +46,7 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
         stop = max(stop, event + 1)
         event = events.apply(
             index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows, run.parents,
-            run.tokens, block_size, keys, event,
+            run.tokens, block_size, event,
         )  # fmt: skip
         last = int(ends[event - 1]) if event else 0
         if event < stop:

@@ -6,13 +6,20 @@ DESIGN
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcore import event_run, index_check, index_snapshot
-from kvcore.engine_hashes import NO_WIDE, EngineHash, EngineHashes, decode, encode
+from kvcore.engine_hashes import (
+    NO_WIDE,
+    EngineHash,
+    EngineHashes,
+    decode,
+    encode,
+    encode_one,
+)
 from kvcore.errors import InvalidInputError
 from kvcore.event_run import EventRun
 from kvcore.eviction import Budget
@@ -22,6 +29,7 @@ from kvcore.hashing import (
     Tokens,
     check_block_size,
     check_tokens,
+    check_word,
     encode_extras,
     hash_blocks,
 )
@@ -41,6 +49,9 @@ class StoreResult(NamedTuple):
     waiting: int  # blocks that wait for their parent
     joined: int  # blocks that had waited and were placed because of this store
     replaced: int  # engine hashes that named another block before; the old copies are gone
+
+
+_NOTHING = StoreResult(0, 0, 0, 0)
 
 
 class HolderStats(NamedTuple):
@@ -128,40 +139,37 @@ class BlockIndex:
         """
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
-        before, wide_before = encode(() if parent is None else (parent,))
         n_blocks = _count_blocks(tokens, block_size, names.size)
-        if root is not None and not 0 <= root < 1 << 64:
-            raise InvalidInputError("root must be in [0, 2**64)")
         if not names.size:
-            return StoreResult(0, 0, 0, 0)
-        if wide.size:
-            self.memory.use_wide_names()
-        kind, value = events.NO_PARENT, np.uint64(0)
+            return _NOTHING
+        kind, before, wide_before = events.NO_PARENT, 0, NO_WIDE
         if parent is not None:
-            kind, value = events.PARENT, before[0]
+            kind, (before, wide_before) = events.PARENT, encode_one(parent)
         elif root is not None:
-            kind, value = events.ROOT, np.uint64(root)
-        keys = np.empty(n_blocks, dtype=np.uint64)
-        done = events.store(
-            self._address,
-            bit,
-            tokens,
-            block_size,
-            encode_extras(extras, n_blocks, self.seed),
-            names,
-            wide,
-            kind,
-            value,
-            wide_before,
-            keys,
-        )
+            kind, before = events.ROOT, check_word(root, "root")
+        keys = self.memory.use_keys(n_blocks)[n_blocks - names.size : n_blocks]
+        if wide.size or wide_before.size or extras:
+            self.memory.use_wide_names()
+            pairs = encode_extras(extras, n_blocks, self.seed)
+            done = events.store_any(
+                self._address, bit, tokens, block_size, pairs, names, wide, kind,
+                before - (before >> 63 << 64), wide_before,
+            )  # fmt: skip
+        else:
+            done = events.store(
+                self._address, bit, tokens, block_size, names, kind, before - (before >> 63 << 64)
+            )
         if done < 0:
-            scope, (known,) = self.members.names[holder].scope, decode(before, wide_before)
-            kept = tokens.copy(), block_size, dict(extras or {})
-            self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
+            scope, known = self.members.names[holder].scope, cast(EngineHash, parent)
+            called, kept = [*decode(names, wide)], (tokens.copy(), block_size, dict(extras or {}))
+            known = known if isinstance(known, bytes) else before
+            self.waiting.add(WaitingRun(holder, scope, called, known, *kept))
             return StoreResult(0, names.size, 0, 0)
-        self.store_rest(bit, names, wide, keys[n_blocks - names.size :], done)
-        joined = self._join(self.members.names[holder].scope, decode(names, wide)) if self.waiting.runs else 0
+        if done < names.size:
+            self.store_rest(bit, names, wide, keys.copy(), done)
+        joined = 0
+        if self.waiting.runs:
+            joined = self._join(self.members.names[holder].scope, decode(names, wide))
         return StoreResult(names.size, 0, joined, self.settle(names.size))
 
     def store_known(self, holder: int, hashes: EngineHashes) -> int:
@@ -256,14 +264,15 @@ class BlockIndex:
 
     def _resolve(self, scope: Scope, name: EngineHash) -> int:
         """Return the row of the block that a scope calls ``name``, or 0."""
-        names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
-        return events.resolve(self._address, self.members.scopes[scope], names[0], wide)
+        word, wide = encode_one(name)
+        return events.resolve(self._address, self.members.scopes[scope], np.uint64(word), wide)
 
     def settle(self, n_blocks: int) -> int:
         """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
         if self.members.dead_bits:
             self.members.sweep()
-        self.memory.release_old()
+        if self.memory.growing:
+            self.memory.release_old()
         self.budget.blocks_until_check -= n_blocks
         if self.budget.blocks_until_check < 0:
             self.budget.check()

@@ -38,6 +38,9 @@ class Memory:
         self.keep(m.MEMBERS, np.zeros((64, m.MEMBER_WORDS), dtype=np.int64))
         for word in (m.MASK, m.DEAD, m.VICTIM):
             self.keep(word, np.zeros(1, dtype=np.uint64))
+        self.n_keys = 0
+        self.use_keys(64)
+        self.growing = False  # an old index may be in use
         # About 64 epochs to fill the budget once: fine enough to tell the recent from the old.
         self.header[m.EPOCH_LENGTH] = self.header[m.EPOCH_LEFT] = self.limit_rows // 128 + 1
 
@@ -87,6 +90,7 @@ class Memory:
             self.keep(table + m.INDEX, np.zeros(2 << bits, dtype=np.uint32))
             self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1
             self.header[table + m.MOVED] = 1
+            self.growing = True
         return True
 
     def release_old(self) -> None:
@@ -94,6 +98,14 @@ class Memory:
         for table in m.TABLES:
             if not self.header[table + m.OLD]:
                 self.arrays.pop(table + m.OLD, None)
+        self.growing = any(table + m.OLD in self.arrays for table in m.TABLES)
+
+    def use_keys(self, n: int) -> NDArray[np.uint64]:
+        """Return a place for the keys of ``n`` blocks, where `kernels.events` puts them."""
+        if n > self.n_keys:
+            self.keep(m.KEYS, np.zeros(2 * n, dtype=np.uint64))
+            self.n_keys = 2 * n
+        return self.arrays[m.KEYS]
 
     def use_wide_names(self) -> None:
         """Reserve the column of names that are bytes."""
