@@ -1,6 +1,8 @@
 """Engine hashes as arrays: what an engine calls its blocks, in full, never cut."""
 
+import operator
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
     """
     if isinstance(hashes, np.ndarray):
         if hashes.dtype is _UINT64 and hashes.strides == (8,):
-            return hashes, NO_WIDE
+            return cast("NDArray[np.uint64]", hashes), NO_WIDE
         if hashes.ndim != 1 or hashes.dtype not in (np.uint64, np.int64):
             raise ArrayError("engine hashes must be a 1-D array of 64-bit ints")
         return np.ascontiguousarray(hashes).view(np.uint64), NO_WIDE
@@ -49,9 +51,10 @@ def encode_one(name: EngineHash) -> tuple[int, NDArray[np.uint64]]:
 
 
 def _as_unsigned(name: EngineHash) -> int:
-    if isinstance(name, bytes) or not -(1 << 63) <= name <= _MASK:
+    word = operator.index(name)  # type: ignore[arg-type]  # bytes raise, as floats and strings do
+    if not -(1 << 63) <= word <= _MASK:
         raise ValueError(name)
-    return name.__index__() & _MASK  # floats have no index
+    return word & _MASK
 
 
 def _encode_bytes(hashes: Sequence[EngineHash]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

@@ -22,7 +22,7 @@ BlockKeys = NDArray[np.uint64]
 
 DEFAULT_SEED = 1337
 MAX_BLOCK_SIZE = 4096
-_UINT32 = np.dtype(np.uint32)
+_UINT32, _UINT64 = np.dtype(np.uint32), np.dtype(np.uint64)
 NO_EXTRAS: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
 
@@ -124,8 +124,30 @@ def check_tokens(tokens: Tokens) -> None:
         raise ArrayError("tokens must be C-contiguous")
 
 
+def check_keys(keys: BlockKeys) -> None:
+    """Raise ArrayError unless ``keys`` is a 1-D C-contiguous uint64 array."""
+    if type(keys) is np.ndarray and keys.dtype is _UINT64 and keys.strides == (8,):
+        return
+    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint64 or keys.ndim != 1:
+        raise ArrayError("block keys must be a 1-D uint64 array")
+    if not keys.flags.c_contiguous:
+        raise ArrayError("block keys must be C-contiguous")
+
+
 def check_word(word: int, what: str) -> int:
     """Return ``word``; raise InvalidInputError unless it is in [0, 2**64)."""
     if not 0 <= word < 1 << 64:
         raise InvalidInputError(f"{what} must be in [0, 2**64), got {word}")
     return word
+
+
+def count_blocks(tokens: Tokens, block_size: int, n_hashes: int) -> int:
+    """Return how many whole blocks the tokens are; raise InvalidInputError unless they are."""
+    check_block_size(block_size)
+    check_tokens(tokens)
+    n_blocks = tokens.size // block_size
+    if n_blocks * block_size != tokens.size or n_hashes > n_blocks:
+        raise InvalidInputError(
+            f"{n_hashes} hashes of blocks of {block_size} tokens do not fit {tokens.size} tokens"
+        )
+    return n_blocks

@@ -21,6 +21,7 @@ class Memory:
     """Owns the arrays whose addresses are in ``header``."""
 
     def __init__(self, capacity_bytes: int, seed: int) -> None:
+        self.capacity_bytes = capacity_bytes
         self.header = np.zeros(m.HEADER_SIZE, dtype=np.int64)
         self.address: int = self.header.ctypes.data  # what kernels take
         self.arrays: dict[int, NDArray] = {}  # by the word of the header with its address
@@ -77,15 +78,20 @@ class Memory:
         return rows + sum(self.arrays[t + m.INDEX].nbytes for t in m.TABLES)
 
     def make_room(self, table: int, n: int) -> bool:
-        """Grow a table until ``n`` rows fit; False if the budget's rows are used up."""
+        """Grow a table until ``n`` rows fit; False if that would exceed the budget.
+
+        SETS may: they are few, and what they name is evicted.
+        """
         while not kernels.table_has_room(self.address, table, n):
             if self.header[table + m.LIVE] + n >= self.header[table + m.LIMIT]:
                 if table != m.SETS:
                     return False
                 self._resize_sets(2 * int(self.header[m.SETS + m.LIMIT]), self.set_words)
                 continue
-            kernels.finish_migration(self.address, table)
             bits = int(self.header[table + m.BITS])
+            if table != m.SETS and self.size_bytes() + (4 << bits) > self.capacity_bytes:
+                return False
+            kernels.finish_migration(self.address, table)
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
             self.keep(table + m.INDEX, np.zeros(2 << bits, dtype=np.uint32))
             self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1

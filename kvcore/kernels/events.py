@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917  # kernels take no keywords
 """What Python calls to change the index: one event, or many of them."""
 
 import numpy as np
