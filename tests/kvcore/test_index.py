@@ -1,4 +1,4 @@
-"""The index's promises one by one; the stateful test beside this file tries what nobody thought of."""
+"""The index's promises one by one; the stateful test tries what nobody thought of."""
 
 import hypothesis.strategies as st
 import numpy as np
