@@ -5,6 +5,8 @@ are first written, so growth never copies them. What does grow is the sparse ind
 steps, see ``kernels.table``), and the rows of SETS, which are few.
 """
 
+import mmap
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -93,7 +95,7 @@ class Memory:
                 return False
             kernels.finish_migration(self.address, table)
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
-            self.keep(table + m.INDEX, np.zeros(2 << bits, dtype=np.uint32))
+            self.keep(table + m.INDEX, _slots(2 << bits))
             self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1
             self.header[table + m.MOVED] = 1
             self.growing = True
@@ -143,3 +145,15 @@ class Memory:
         rows[: len(before), : before.shape[1]] = before
         self.header[m.SETS + m.LIMIT], self.header[m.SETS + m.STRIDE] = limit, 2 + words
         self.keep(m.SETS + m.ROWS, rows.reshape(-1))
+
+
+def _slots(n: int) -> NDArray[np.uint32]:
+    """Return zeros in small pages, committed one by one as they are touched.
+
+    An index is touched all over at once. In huge pages that is one pause: 4.4 ms for each 2 MiB on
+    a virtual machine, 35 to 70 ms for the index of 1.5 million rows.
+    """
+    area = mmap.mmap(-1, 4 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(area, dtype=np.uint32)
