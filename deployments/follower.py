@@ -1,0 +1,218 @@
+"""One publisher followed: its sequence, its feed into the index, its replay socket."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from deployments.settings import CurveSettings, EventsSettings
+from deployments.sockets import close_socket, open_socket, watch
+from kvcore.errors import EventDecodeError
+from kvcore.events import EventBatch, decode_batch
+from kvcore.feed import Feed, ModelRoot
+from kvcore.index import BlockIndex
+from kvcore.stream import Clear, PodState, Step, Stream, StreamLimits
+
+_END = b"\xff" * 8
+
+
+class Follower:
+    """Follow one publisher, which is one data-parallel rank of a pod."""
+
+    def __init__(
+        self,
+        settings: EventsSettings,
+        index: BlockIndex,
+        pod: str,
+        rank: int,
+        *,
+        replay: str | None,
+        model: str,
+        curve: CurveSettings | None,
+        model_root: ModelRoot,
+        context: zmq.Context,
+        loop: asyncio.AbstractEventLoop,
+        wake: Callable[[Any], None],
+        now: float,
+    ) -> None:
+        self.pod, self.rank = pod, rank
+        self.lag_s: float | None = None
+        limits = StreamLimits(
+            max_held_batches=settings.max_held_batches,
+            reply_timeout_s=settings.reply_timeout_s,
+            max_attempts=settings.max_replay_attempts,
+            gap_grace_s=settings.gap_grace_s,
+            probe_interval_s=settings.probe_interval_s,
+            rebuild_interval_s=settings.rebuild_interval_s,
+        )
+        self.stream = Stream(has_replay=replay is not None, limits=limits)
+        self._settings, self._index, self._model_root = settings, index, model_root
+        self._model, self._replay_endpoint, self._curve = model, replay, curve
+        self._context, self._loop, self._wake = context, loop, wake
+        self._feeds: dict[int, Feed] = {}
+        self._socket: zmq.Socket | None = None
+        self._is_reply_open = False
+        self._accusation: str | None = None
+        self._started_at = now
+        self._losses_forgiven = 0
+        self._losses = 0
+        self._state: PodState | None = None
+        self._since = 0.0
+        self.feed(rank)
+
+    def feed(self, rank: int) -> Feed:
+        """Return the feed of a rank; a publisher has one, unless it names another itself."""
+        feed = self._feeds.get(rank)
+        if feed is None:
+            feed = Feed(
+                self._index,
+                self.pod,
+                rank,
+                model=self._model,
+                block_size=self._settings.block_size,
+                model_root=self._model_root,
+            )
+            self._feeds[rank] = feed
+        return feed
+
+    def learn_model(self, model: str | None) -> None:
+        """Nothing to learn unless the settings left the model open."""
+
+    def accuse(self, reason: str) -> None:
+        """Note something that only a misconfigured or hostile pod does."""
+        self._accusation = reason
+
+    # -- messages
+
+    def take(
+        self,
+        seq: int,
+        payload: bytes,
+        batch: EventBatch,
+        now: float,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        """Take a live message."""
+        self._carry_out(self.stream.receive(seq, payload, batch, now), wall_clock)
+
+    def tick(self, now: float, wall_clock: Callable[[], float]) -> None:
+        """Let time pass."""
+        self._carry_out(self.stream.tick(now), wall_clock)
+        self.ask(now)
+
+    def ask(self, now: float) -> None:
+        """Ask for a replay if one is due."""
+        start = self.stream.ask(now)
+        if start is None or self._replay_endpoint is None:
+            return
+        if self._is_reply_open:  # what still comes belongs to the question before
+            self._close_socket()
+        if self._socket is None:
+            self._socket = open_socket(
+                self._context,
+                zmq.DEALER,
+                connect=self._replay_endpoint,
+                # The engine drops what its queue to us cannot hold, so let it hold a whole buffer.
+                receive_hwm=self._settings.receive_hwm * 2,
+                max_message_bytes=self._settings.max_message_bytes,
+                curve=self._curve,
+            )
+            watch(self._loop, self._socket, lambda: self._wake(self))
+        self._is_reply_open = True
+        try:
+            self._socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
+        except zmq.Again:
+            return  # the timeout asks again, on a new socket
+        self._wake(self)  # sending may have used up the descriptor's signal
+
+    def read_replay(
+        self, limit: int, end: float, now: float, wall_clock: Callable[[], float]
+    ) -> bool:
+        """Read some messages of a reply; tell whether there may be more."""
+        for _ in range(limit):
+            if self._socket is None:
+                return False
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._take_reply(frames, now, wall_clock)
+            if time.perf_counter() >= end:
+                break
+        return True
+
+    def _take_reply(
+        self, frames: list[bytes], now: float, wall_clock: Callable[[], float]
+    ) -> None:
+        # vLLM since 0.26 and SGLang since 0.5.23 put the topic before the number.
+        number, payload = frames[-2:] if len(frames) in (3, 4) else (b"", b"")
+        if len(number) != 8:
+            self.stream.counters.damaged += 1
+            return
+        if number == _END:
+            self._is_reply_open = False
+            self._carry_out(self.stream.reply_ended(now), wall_clock)
+            self.ask(now)
+            return
+        try:
+            batch = decode_batch(payload)
+        except EventDecodeError:
+            batch = None
+        seq = int.from_bytes(number, "big")
+        self._carry_out(self.stream.receive_replayed(seq, payload, batch, now), wall_clock)
+        if not self.stream.is_asking:
+            self.ask(now)
+
+    def _carry_out(self, steps: list[Step], wall_clock: Callable[[], float]) -> None:
+        for step in steps:
+            if isinstance(step, Clear):
+                for feed in self._feeds.values():
+                    feed.clear()
+                self._losses_forgiven = self._losses
+                self._accusation = None
+            else:
+                self.feed(self.rank if step.rank is None else step.rank).apply(step)
+                self.lag_s = wall_clock() - step.ts
+
+    # -- state
+
+    def state(self, now: float, waiting: int, losses: int) -> tuple[PodState, str | None]:
+        """Return the state and its reason; ``losses`` are blocks the index could not keep."""
+        self._losses = losses
+        heard_at = self.stream.heard_at
+        if heard_at is None:
+            return PodState.SILENT, "nothing heard yet"
+        problem = self._problem(waiting)
+        if now - heard_at > self._settings.silent_after_s:
+            reason = f"nothing heard for {now - heard_at:.0f} s"
+            return PodState.SILENT, f"{reason}; {problem}" if problem else reason
+        return (PodState.PARTIAL, problem) if problem else (PodState.EXACT, None)
+
+    def _problem(self, waiting: int) -> str | None:
+        doubts = [feed.doubt for feed in self._feeds.values() if feed.doubt is not None]
+        problem = self.stream.problem or self._accusation or (doubts[0] if doubts else None)
+        if problem is not None:
+            return problem
+        if waiting:
+            return f"{waiting} blocks wait for their parent"
+        if self._losses > self._losses_forgiven:
+            return f"the index had no room for {self._losses - self._losses_forgiven} blocks"
+        return None
+
+    def since(self, state: PodState, wall: float) -> float:
+        """Return when this state began, by the wall clock."""
+        if state is not self._state:
+            self._state, self._since = state, wall
+        return self._since
+
+    def close(self) -> None:
+        """Close the replay socket."""
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        if self._socket is not None:
+            close_socket(self._loop, self._socket)
+            self._socket = None
+        self._is_reply_open = False
