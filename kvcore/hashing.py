@@ -1,0 +1,108 @@
+"""Block keys: the rolling XXH3-64 of Mooncake's KV-events RFC (#1403, #1527), as Dynamo uses it.
+
+    local[i] = XXH3(tokens of block i as little-endian uint32, seed)
+    key[0]   = local[0], or XXH3(root ‖ local[0], seed) in a namespace
+    key[i]   = XXH3(key[i - 1] ‖ local[i], seed)
+
+A namespace (model, LoRA adapter, cache salt, block size) has one 64-bit root that is mixed in
+before the first block, so equal prefixes share keys inside it and never across. Extra keys of a
+multimodal block go into its local hash: ``XXH3(local ‖ XXH3(length ‖ bytes ‖ padding))``.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore.errors import InvalidInputError
+from kvcore.kernels import xxh3
+
+Tokens = NDArray[np.uint32]
+BlockKeys = NDArray[np.uint64]
+
+DEFAULT_SEED = 1337
+MAX_BLOCK_SIZE = 4096
+
+
+def namespace_root(
+    model: str, *, block_size: int, lora: str | None = None, salt: str | None = None
+) -> int:
+    """Return the 64-bit root that keeps a model, adapter, salt and block size apart.
+
+    Raises:
+        InvalidInputError: ``block_size`` is outside 1..4096.
+    """
+    check_block_size(block_size)
+    # Each field carries its length, and absent is not empty: no two namespaces share an encoding.
+    fields = [b"kvatlas namespace 1", model.encode("utf-8", "surrogatepass")]
+    encoded = bytearray(block_size.to_bytes(4, "little"))
+    for field in (*fields, *(None if f is None else f.encode() for f in (lora, salt))):
+        encoded += (0 if field is None else len(field) + 1).to_bytes(4, "little")
+        encoded += field or b""
+    return hash_bytes(bytes(encoded), seed=DEFAULT_SEED)
+
+
+def hash_bytes(data: bytes, *, seed: int) -> int:
+    """Return XXH3-64 of the length of ``data`` and ``data``, padded to whole 32-bit words."""
+    padded = len(data).to_bytes(4, "little") + data + bytes(-len(data) % 4)
+    words = np.frombuffer(padded, dtype=np.uint32)
+    return int(xxh3.words_hash(words, 0, words.size, np.uint64(seed)))
+
+
+def hash_blocks(
+    tokens: Tokens,
+    *,
+    block_size: int,
+    root: int | None = None,
+    extras: Mapping[int, bytes] | None = None,
+    seed: int = DEFAULT_SEED,
+) -> BlockKeys:
+    """Hash a prompt into one chained key per full block.
+
+    Prompts that share their first ``k * block_size`` tokens, the root and the extras of those
+    blocks share their first ``k`` keys. A trailing partial block has none: engines cache full
+    blocks.
+
+    Args:
+        tokens: Prompt [n_tokens] uint32, C-contiguous; read-only is fine.
+        block_size: Tokens per block, 1..4096; must equal the engine's.
+        root: From `namespace_root`, or the key of the block before; None is the RFC's plain chain.
+        extras: Block number -> bytes that this block's content adds to its tokens.
+        seed: In [0, 2**64).
+
+    Returns:
+        Keys [n_tokens // block_size] uint64, first block first.
+
+    Raises:
+        InvalidInputError: A value is out of its range.
+        TypeError: ``tokens`` is not a 1-D uint32 array, which is a bug in the caller.
+    """
+    check_block_size(block_size)
+    check_tokens(tokens)
+    if not 0 <= seed < 1 << 64 or not 0 <= (root or 0) < 1 << 64:
+        raise InvalidInputError("seed and root must be in [0, 2**64)")
+    keys = np.empty(tokens.size // block_size, dtype=np.uint64)
+    xxh3.local_hashes(tokens, block_size, np.uint64(seed), keys)
+    for block, extra in (extras or {}).items():
+        if block < 0:
+            raise InvalidInputError(f"extra keys for block {block}")
+        if block >= keys.size:  # in the trailing partial block, which has no key
+            continue
+        digest = np.uint64(hash_bytes(extra, seed=seed))
+        keys[block] = xxh3.pair_hash(keys[block], digest, np.uint64(seed))
+    xxh3.chain_keys(keys, root is not None, np.uint64(root or 0), np.uint64(seed))
+    return keys
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise InvalidInputError unless ``block_size`` is 1..4096 tokens."""
+    if not 1 <= block_size <= MAX_BLOCK_SIZE:
+        raise InvalidInputError(f"block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
+
+
+def check_tokens(tokens: Tokens) -> None:
+    """Raise TypeError unless ``tokens`` is a 1-D C-contiguous uint32 array."""
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint32 or tokens.ndim != 1:
+        raise TypeError("tokens must be a 1-D uint32 array")
+    if not tokens.flags.c_contiguous:
+        raise TypeError("tokens must be C-contiguous")
