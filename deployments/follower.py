@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zmq
 
@@ -29,7 +29,7 @@ class Follower:
         rank: int,
         *,
         replay: str | None,
-        model: str,
+        model: str | None,
         curve: CurveSettings | None,
         model_root: ModelRoot,
         context: zmq.Context,
@@ -49,7 +49,9 @@ class Follower:
         )
         self.stream = Stream(has_replay=replay is not None, limits=limits)
         self._settings, self._index, self._model_root = settings, index, model_root
-        self._model, self._replay_endpoint, self._curve = model, replay, curve
+        self._is_model_open = model is None
+        self._model = model or settings.default_model
+        self._replay_endpoint, self._curve = replay, curve
         self._context, self._loop, self._wake = context, loop, wake
         self._feeds: dict[int, Feed] = {}
         self._socket: zmq.Socket | None = None
@@ -78,7 +80,10 @@ class Follower:
         return feed
 
     def learn_model(self, model: str | None) -> None:
-        """Nothing to learn unless the settings left the model open."""
+        """Take the topic's model where the settings leave it open."""
+        if self._is_model_open and model is not None:
+            self._is_model_open = False
+            self._model = self.feed(self.rank).model = model
 
     def accuse(self, reason: str) -> None:
         """Note something that only a misconfigured or hostile pod does."""
@@ -143,9 +148,7 @@ class Follower:
                 break
         return True
 
-    def _take_reply(
-        self, frames: list[bytes], now: float, wall_clock: Callable[[], float]
-    ) -> None:
+    def _take_reply(self, frames: list[bytes], now: float, wall_clock: Callable[[], float]) -> None:
         # vLLM since 0.26 and SGLang since 0.5.23 put the topic before the number.
         number, payload = frames[-2:] if len(frames) in (3, 4) else (b"", b"")
         if len(number) != 8:
@@ -173,7 +176,9 @@ class Follower:
                 self._losses_forgiven = self._losses
                 self._accusation = None
             else:
-                self.feed(self.rank if step.rank is None else step.rank).apply(step)
+                if step.rank is not None:
+                    self.rank = step.rank  # the engine knows better than the settings
+                self.feed(self.rank).apply(step)
                 self.lag_s = wall_clock() - step.ts
 
     # -- state

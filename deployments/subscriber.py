@@ -197,7 +197,7 @@ class Subscriber:
             name,
             rank,
             replay=rank_endpoint(pod.replay, rank) if pod and pod.replay else None,
-            model=(pod.model if pod else None) or model or self._settings.default_model,
+            model=(pod.model if pod else None) or model,
             curve=pod.curve if pod else None,
             model_root=self._model_root,
             context=self._context,
@@ -357,13 +357,14 @@ class Subscriber:
             sums[2] += stat.dropped
             sums[3] += stat.evicted
         result = []
-        for (pod, rank), follower in self._followers.items():
+        for (pod, _), follower in self._followers.items():
+            rank = follower.rank
             blocks, waiting, dropped, evicted = stats.get((pod, rank), [0, 0, 0, 0])
             state, reason = follower.state(now, waiting, dropped + evicted)
             since = follower.since(state, wall)
             counters = {
                 **asdict(follower.stream.counters),
-                **asdict(follower.feed(rank).counters),
+                **asdict(follower.feed(follower.rank).counters),
                 "waiting_blocks": waiting,
                 "dropped_blocks": dropped,
                 "evicted_blocks": evicted,
@@ -393,7 +394,7 @@ class Subscriber:
                 "pod": pod,
                 "rank": rank,
                 **follower.stream.position()._asdict(),
-                "doubt": follower.feed(rank).doubt,
+                "doubt": follower.feed(follower.rank).doubt,
             }
             for (pod, rank), follower in self._followers.items()
         ]

@@ -49,8 +49,8 @@ class Feed:
         block_size: int,
         model_root: ModelRoot,
     ) -> None:
-        self._index, self.pod, self.rank = index, pod, rank
-        self._model, self._block_size, self._model_root = model, block_size, model_root
+        self._index, self.pod, self.rank, self.model = index, pod, rank, model
+        self._block_size, self._model_root = block_size, model_root
         self.counters = FeedCounters()
         self.doubt: str | None = None  # the first reason why the blocks are not exact
         self._holders: dict[tuple[str | None, int | None], int] = {}
@@ -162,7 +162,7 @@ class Feed:
         if (adapter, salt) not in self._roots:
             if len(self._roots) >= 4096:  # salts come and go
                 self._roots.clear()
-            self._roots[adapter, salt] = self._model_root(self._model, adapter, salt)
+            self._roots[adapter, salt] = self._model_root(self.model, adapter, salt)
         return self._roots[adapter, salt], _extras(keys)
 
     def _doubt(self, reason: str) -> None:

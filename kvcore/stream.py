@@ -118,7 +118,8 @@ class Stream:
         self._seen_seq = -1  # highest number known to exist
         self._is_joined = False  # next_seq means something
         self._is_suspect = False  # the connection broke: prove that it is the same publisher
-        self._is_rebuild_hopeless = False
+        self._is_rebuilding = False
+        self._n_rebuilds = 0  # fruitless ones
         self._asked_from: int | None = None
         self._asked_at = 0.0
         self._is_anchored = False  # this reply began with the last applied batch
@@ -194,9 +195,9 @@ class Stream:
         if self._reply_first is None:
             self._reply_first = seq
         self._seen_seq = max(self._seen_seq, seq)
-        if seq == 0 and self._asked_from == 0 and self._is_joined:
+        if seq == 0 and self._is_rebuilding and batch is not None:
             return self._begin_again(payload, batch, now)
-        if seq == self.next_seq - 1 and self._is_joined:
+        if seq == self.next_seq - 1 and self._last_mark() is not None:
             if self._last_mark() == Mark.of(payload):
                 self._is_anchored, self._is_suspect = True, False
                 return self._drain()
@@ -205,11 +206,8 @@ class Stream:
             return []
         if batch is None:
             return self._step_over(seq, now)
-        is_next = seq == self.next_seq
-        if is_next and (self._is_anchored or self._asked_from == seq == 0):
-            self._is_joined = True
-            return [*self._apply(payload, batch), *self._drain()]
-        if is_next and self._asked_from == 0 and self._is_joined:
+        if seq == self.next_seq and (self._is_anchored or not self._is_joined):
+            self._is_joined = self._is_anchored = True
             return [*self._apply(payload, batch), *self._drain()]
         self._hold(seq, payload, batch)
         return []
@@ -222,8 +220,9 @@ class Stream:
         asked_from, self._asked_from = self._asked_from, None
         if not self._is_joined:
             return self._end_join(now)
-        if asked_from == 0 and self.lost is not None and self._reply_first != 0:
-            self._is_rebuild_hopeless = self._reply_first is not None
+        if self._is_rebuilding and self._reply_first is not None:
+            self._n_rebuilds += 1  # its history no longer begins at 0, or the reply lost that
+            self._is_rebuilding = False
         if asked_from > 0 and not self._is_anchored:
             return self._end_unanchored(now)
         if not self._has_hole():
@@ -255,28 +254,31 @@ class Stream:
         """Return the number to start a replay from, if one is due; it counts as asked."""
         if not self.has_replay or self._asked_from is not None or now < self._next_ask_at:
             return None
-        start = self._last_seq_or_zero()
-        if self.lost is not None and not self._is_rebuild_hopeless and not self._has_hole():
-            if now >= self._next_rebuild_at:
-                start = 0
-                self._next_rebuild_at = now + self.limits.rebuild_interval_s
+        # Where nothing proves the last batch (none yet, or it was stepped over), ask for the next.
+        self._is_anchored = self._is_joined and self._last_mark() is None
+        start = self.next_seq if self._is_anchored or not self._is_joined else self.next_seq - 1
+        self._is_rebuilding = (
+            self.lost is not None
+            and not self._has_hole()
+            and self._n_rebuilds < 2
+            and now >= self._next_rebuild_at
+        )
+        if self._is_rebuilding:
+            start = 0
+            self._next_rebuild_at = now + self.limits.rebuild_interval_s
         self._asked_from, self._asked_at = start, now
-        self._is_anchored = False
         self._progress = 0
         self._reply_first = None
         self.counters.replays_asked += 1
         return start
 
     def tick(self, now: float) -> list[Step]:
-        """Let timeouts pass; True to their name, they only matter when nothing arrives."""
+        """Let time pass: replies that do not come, holes that nobody fills."""
         if self._asked_from is not None:
             if now - self._asked_at < self.limits.reply_timeout_s:
                 return []
             self._asked_from = None
             self.counters.replays_failed += 1
-            if not self._is_joined:
-                self._back_off(now)
-                return []
             return self._end_fruitless(now)
         if not self.has_replay and self._has_hole() and self._hole_since is not None:
             if now - self._hole_since >= self.limits.gap_grace_s:
@@ -289,9 +291,6 @@ class Stream:
         return self._asked_from is not None
 
     # -- inside
-
-    def _last_seq_or_zero(self) -> int:
-        return self.next_seq - 1 if self._is_joined and self.next_seq > 0 else 0
 
     def _last_mark(self) -> Mark | None:
         if self._last is None and self._last_payload is not None:
@@ -349,7 +348,6 @@ class Stream:
         self._hold(seq, payload, batch)
         if self.has_replay:
             return []
-        self._is_joined = True
         return self._give_up(now)
 
     def _revisit(self, seq: int, payload: bytes, batch: EventBatch, now: float) -> list[Step]:
@@ -377,22 +375,20 @@ class Stream:
         self.next_seq, self._seen_seq = 0, -1
         self.newest_ts = float("-inf")
         self._first = self._last = self._last_payload = None
-        self._is_joined = self._is_suspect = self._is_rebuild_hopeless = False
+        self._is_joined = self._is_suspect = self._is_rebuilding = False
+        self._n_rebuilds = 0
         self.lost = None
         self._asked_from = None  # the rest of this reply is for a position that is no more
         self._attempts, self._next_ask_at = 0, now
         return [Clear(reason)]
 
-    def _begin_again(self, payload: bytes, batch: EventBatch | None, now: float) -> list[Step]:
+    def _begin_again(self, payload: bytes, batch: EventBatch, now: float) -> list[Step]:
         """Rebuild from the first batch on: the whole history is there after all."""
-        if self.lost is None and self._first == Mark.of(payload):
-            return []  # asked from 0 because 0 is the last one applied
-        if batch is None:
-            return []
-        asked_from = self._asked_from
+        asked_from, n_restarts = self._asked_from, self.counters.restarts
         steps = self._restart("history is being rebuilt", now)
-        self.counters.restarts -= 1
-        self._asked_from, self._is_joined = asked_from, True
+        self.counters.restarts = n_restarts
+        self._asked_from = asked_from
+        self._is_joined = self._is_anchored = True
         return [*steps, *self._apply(payload, batch)]
 
     def _end_join(self, now: float) -> list[Step]:
@@ -404,7 +400,6 @@ class Stream:
         if self._attempts < 2:  # the reply itself can lose messages
             self._next_ask_at = now
             return []
-        self._is_joined = True
         return self._give_up(now)
 
     def _end_unanchored(self, now: float) -> list[Step]:
@@ -458,7 +453,7 @@ class Stream:
         had_any = self.next_seq > 0
         self.counters.lost += missing
         self.next_seq = target
-        self._is_suspect = False
+        self._is_joined, self._is_suspect = True, False
         self._hole_since = None
         self._settle(now)
         self._next_rebuild_at = now + self.limits.rebuild_interval_s
