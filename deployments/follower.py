@@ -36,6 +36,7 @@ class Follower:
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[Any], None],
         now: float,
+        wall_clock: Callable[[], float],
     ) -> None:
         self.pod, self.rank = pod, rank
         self.lag_s: float | None = None
@@ -53,6 +54,7 @@ class Follower:
         self._model = model or settings.default_model
         self._replay_endpoint, self._curve = replay, curve
         self._context, self._loop, self._wake = context, loop, wake
+        self._wall_clock = wall_clock
         self._feeds: dict[int, Feed] = {}
         self._socket: zmq.Socket | None = None
         self._is_reply_open = False
@@ -97,14 +99,21 @@ class Follower:
         payload: bytes,
         batch: EventBatch,
         now: float,
-        wall_clock: Callable[[], float],
     ) -> None:
         """Take a live message."""
-        self._carry_out(self.stream.receive(seq, payload, batch, now), wall_clock)
+        self._carry_out(self.stream.receive(seq, payload, batch, now))
 
-    def tick(self, now: float, wall_clock: Callable[[], float]) -> None:
+    def note_damage(self, now: float) -> None:
+        """Note a live message that could not be read."""
+        self._carry_out(self.stream.damaged(now))
+
+    def note_break(self, now: float) -> None:
+        """Note that the connection to the publisher broke."""
+        self._carry_out(self.stream.interrupted(now))
+
+    def tick(self, now: float) -> None:
         """Let time pass."""
-        self._carry_out(self.stream.tick(now), wall_clock)
+        self._carry_out(self.stream.tick(now))
         self.ask(now)
 
     def ask(self, now: float) -> None:
@@ -132,9 +141,7 @@ class Follower:
             return  # the timeout asks again, on a new socket
         self._wake(self)  # sending may have used up the descriptor's signal
 
-    def read_replay(
-        self, limit: int, end: float, now: float, wall_clock: Callable[[], float]
-    ) -> bool:
+    def read_replay(self, limit: int, end: float, now: float) -> bool:
         """Read some messages of a reply; tell whether there may be more."""
         for _ in range(limit):
             if self._socket is None:
@@ -143,12 +150,12 @@ class Follower:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return False
-            self._take_reply(frames, now, wall_clock)
+            self._take_reply(frames, now)
             if time.perf_counter() >= end:
                 break
         return True
 
-    def _take_reply(self, frames: list[bytes], now: float, wall_clock: Callable[[], float]) -> None:
+    def _take_reply(self, frames: list[bytes], now: float) -> None:
         # vLLM since 0.26 and SGLang since 0.5.23 put the topic before the number.
         number, payload = frames[-2:] if len(frames) in (3, 4) else (b"", b"")
         if len(number) != 8:
@@ -156,7 +163,7 @@ class Follower:
             return
         if number == _END:
             self._is_reply_open = False
-            self._carry_out(self.stream.reply_ended(now), wall_clock)
+            self._carry_out(self.stream.reply_ended(now))
             self.ask(now)
             return
         try:
@@ -164,11 +171,11 @@ class Follower:
         except EventDecodeError:
             batch = None
         seq = int.from_bytes(number, "big")
-        self._carry_out(self.stream.receive_replayed(seq, payload, batch, now), wall_clock)
+        self._carry_out(self.stream.receive_replayed(seq, payload, batch, now))
         if not self.stream.is_asking:
             self.ask(now)
 
-    def _carry_out(self, steps: list[Step], wall_clock: Callable[[], float]) -> None:
+    def _carry_out(self, steps: list[Step]) -> None:
         for step in steps:
             if isinstance(step, Clear):
                 for feed in self._feeds.values():
@@ -179,7 +186,7 @@ class Follower:
                 if step.rank is not None:
                     self.rank = step.rank  # the engine knows better than the settings
                 self.feed(self.rank).apply(step)
-                self.lag_s = wall_clock() - step.ts
+                self.lag_s = self._wall_clock() - step.ts
 
     # -- state
 

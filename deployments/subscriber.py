@@ -204,6 +204,7 @@ class Subscriber:
             loop=self._loop,
             wake=self._wake,
             now=self._clock(),
+            wall_clock=self._wall_clock,
         )
         entry = self._positions.pop((name, rank), None)
         if entry is not None:
@@ -266,7 +267,7 @@ class Subscriber:
     def _read(self, source: "_Inlet | Follower", end: float) -> bool:
         """Read some messages of one socket; tell whether there may be more."""
         if isinstance(source, Follower):
-            return source.read_replay(_TURN_MESSAGES, end, self._clock(), self._wall_clock)
+            return source.read_replay(_TURN_MESSAGES, end, self._clock())
         if source.socket.closed:
             return False
         for _ in range(_TURN_MESSAGES):
@@ -291,10 +292,10 @@ class Subscriber:
         if follower is None:
             return
         if batch is None:
-            follower.stream.damaged(now)
+            follower.note_damage(now)
         else:
             seq = int.from_bytes(frames[1], "big")
-            follower.take(seq, frames[2], batch, now, self._wall_clock)
+            follower.take(seq, frames[2], batch, now)
         if follower.stream.problem is not None:
             follower.ask(now)
 
@@ -338,7 +339,7 @@ class Subscriber:
         try:
             now = self._clock()
             for follower in list(self._followers.values()):
-                follower.tick(now, self._wall_clock)
+                follower.tick(now)
         except Exception:
             self.counters.errors += 1
             log.exception("the subscriber's timer failed")

@@ -217,36 +217,38 @@ class Stream:
         if self._asked_from is None:
             return []
         self.heard_at = now
-        asked_from, self._asked_from = self._asked_from, None
+        self._asked_from = None
         if not self._is_joined:
             return self._end_join(now)
         if self._is_rebuilding and self._reply_first is not None:
             self._n_rebuilds += 1  # its history no longer begins at 0, or the reply lost that
             self._is_rebuilding = False
-        if asked_from > 0 and not self._is_anchored:
+        if self._last_mark() is not None and not self._is_anchored:
             return self._end_unanchored(now)
         if not self._has_hole():
             self._settle(now)
             return []
         return self._end_fruitless(now)
 
-    def damaged(self, now: float) -> None:
+    def damaged(self, now: float) -> list[Step]:
         """Count a live message that could not be read: what it held must be asked for."""
         self.counters.damaged += 1
         self.heard_at = now
         self._next_ask_at = now
-        if not self.has_replay:
-            self.lost = "a message could not be read"
+        return [] if self.has_replay else self._lose("a message could not be read")
 
-    def interrupted(self, now: float) -> None:
+    def interrupted(self, now: float) -> list[Step]:
         """Note that the connection broke: a restarted engine may hide behind the next number."""
+        self._drop_held()  # if the publisher is still the same, it replays them
         if not self._is_joined:
-            return
-        if self.has_replay:
-            self._is_suspect = True
-            self._next_ask_at = now
-        elif self.lost is None:
-            self.lost = "the connection broke, and there is no replay to prove that nothing is lost"
+            return []
+        if not self.has_replay:
+            return self._lose("the connection broke, and there is no replay to ask what was missed")
+        self._next_ask_at = now
+        if self._last_mark() is None:  # nothing is applied that a replay could vouch for
+            return self._restart("the connection broke", now) if self.next_seq > 0 else []
+        self._is_suspect = True
+        return []
 
     # -- what time decides
 
@@ -336,8 +338,11 @@ class Stream:
         return steps
 
     def _drop_held(self) -> None:
+        self.counters.shed += len(self._held)
         self._held.clear()
         self._held_bytes = 0
+        self._seen_seq = self.next_seq - 1
+        self._hole_since = None
 
     def _join(self, seq: int, payload: bytes, batch: EventBatch, now: float) -> list[Step]:
         if seq == 0:  # nothing came before it
@@ -364,15 +369,14 @@ class Stream:
             return steps + self._drain()
         if seq == self.next_seq - 1 and self._last_mark() != Mark.of(payload):
             self.counters.conflicts += 1
-            self.lost = "two publishers use this name"
-            return [Clear(self.lost)]
+            return self._lose("two publishers use this name")
         self.counters.duplicates += 1
         return []
 
     def _restart(self, reason: str, now: float) -> list[Step]:
         self.counters.restarts += 1
+        self.next_seq = 0
         self._drop_held()
-        self.next_seq, self._seen_seq = 0, -1
         self.newest_ts = float("-inf")
         self._first = self._last = self._last_payload = None
         self._is_joined = self._is_suspect = self._is_rebuilding = False
@@ -409,8 +413,8 @@ class Stream:
             return []
         if self._reply_first is None:
             return self._restart("the publisher no longer knows its last batch", now)
-        if self.next_seq in self._held:  # its buffer begins right behind our position
-            self._is_suspect = False
+        if self.next_seq in self._held and not self._is_suspect:
+            # Its buffer begins right behind our position, and the connection never broke.
             steps = self._drain()
             self._settle(now)
             return steps
@@ -421,7 +425,8 @@ class Stream:
             self._attempts = 0
             self._next_ask_at = now
             return []
-        if self._has_hole() and self._attempts + 1 >= self.limits.max_attempts:
+        is_needed = self._has_hole() or self._is_suspect
+        if is_needed and self._attempts + 1 >= self.limits.max_attempts:
             return self._give_up(now)
         self._back_off(now)
         return []
@@ -449,17 +454,27 @@ class Stream:
         """Go on behind the hole without what was in it."""
         target = min(self._held) if self._held else self._seen_seq + 1
         missing = target - self.next_seq
-        self.lost = f"batches {self.next_seq} to {target - 1} are lost"
+        self.lost = (
+            f"batches {self.next_seq} to {target - 1} are lost"
+            if missing
+            else "the connection broke, and the replay socket does not answer"
+        )
         had_any = self.next_seq > 0
         self.counters.lost += missing
         self.next_seq = target
         self._is_joined, self._is_suspect = True, False
-        self._hole_since = None
         self._settle(now)
         self._next_rebuild_at = now + self.limits.rebuild_interval_s
         self._last = self._last_payload = None
         steps: list[Step] = [Clear(self.lost)] if had_any else []
-        return steps + self._drain()
+        steps += self._drain()
+        if self._has_hole():  # the next one
+            self._hole_since = self._next_ask_at = now
+        return steps
+
+    def _lose(self, reason: str) -> list[Step]:
+        self.lost = reason
+        return [Clear(reason)]
 
     def _doubt(self, now: float) -> list[Step]:
         """Hold live batches until the publisher has proved itself, if it can."""
