@@ -35,6 +35,7 @@ class Follower:
         context: zmq.Context,
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[Any], None],
+        changed: Callable[[], None],
         now: float,
         wall_clock: Callable[[], float],
     ) -> None:
@@ -54,7 +55,8 @@ class Follower:
         self._model = model or settings.default_model
         self._replay_endpoint, self._curve = replay, curve
         self._context, self._loop, self._wake = context, loop, wake
-        self._wall_clock = wall_clock
+        self._wall_clock, self._changed = wall_clock, changed
+        self._shown: tuple[str | None, ...] = ()  # the reasons when somebody was last told
         self._feeds: dict[int, Feed] = {}
         self._socket: zmq.Socket | None = None
         self._is_reply_open = False
@@ -90,6 +92,7 @@ class Follower:
     def accuse(self, reason: str) -> None:
         """Note something that only a misconfigured or hostile pod does."""
         self._accusation = reason
+        self._changed()
 
     # -- messages
 
@@ -187,6 +190,10 @@ class Follower:
                     self.rank = step.rank  # the engine knows better than the settings
                 self.feed(self.rank).apply(step)
                 self.lag_s = self._wall_clock() - step.ts
+        reasons = (self.stream.problem, self._feeds[self.rank].doubt)
+        if reasons != self._shown:
+            self._shown = reasons
+            self._changed()
 
     # -- state
 

@@ -145,7 +145,7 @@ class Publisher:
     def publish_chat(
         self,
         *,
-        id: str,  # noqa: A002  # the field's name on the wire
+        id: str,  # the field's name on the wire
         model: str,
         messages: Sequence[Mapping[str, Any]],
         rendered_template: str,
@@ -178,7 +178,7 @@ class Publisher:
         assert self._pub is not None  # noqa: S101  # the callers checked
         self._drain_subscriptions()
         topic = topic_name.encode()
-        payload = msgpack.packb(body, unicode_errors="replace")
+        payload = bytes(msgpack.packb(body, unicode_errors="replace") or b"")
         self._seq += 1
         self._remember(self._seq, topic, payload)
         frames = [topic, self._seq.to_bytes(8, "big"), payload]

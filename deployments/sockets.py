@@ -64,19 +64,33 @@ def _encrypt(socket: zmq.Socket, curve: CurveSettings, *, is_server: bool) -> No
         socket.set(zmq.CURVE_SERVERKEY, curve.server_key.encode())
 
 
+def monitor(socket: zmq.Socket) -> zmq.Socket:
+    """Return a socket that gets a message whenever a peer's connection breaks."""
+    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+
+def descriptor(socket: zmq.Socket) -> int:
+    """Return the file descriptor that tells of changes."""
+    fd = socket.get(zmq.FD)
+    assert isinstance(fd, int)  # noqa: S101  # get() is typed for options of any kind
+    return fd
+
+
 def watch(loop: asyncio.AbstractEventLoop, socket: zmq.Socket, wake: Callable[[], None]) -> None:
     """Call ``wake`` when the socket may have something; it must then be read until empty.
 
     A callback runs in the context it was registered in. That must not be a request's, which Serve
     cancels with the request.
     """
-    contextvars.Context().run(loop.add_reader, socket.get(zmq.FD), wake)
+    contextvars.Context().run(loop.add_reader, descriptor(socket), wake)
 
 
 def close_socket(loop: asyncio.AbstractEventLoop | None, socket: zmq.Socket) -> None:
     """Stop watching and close at once."""
+    if socket.closed:
+        return
     if loop is not None and not loop.is_closed():
-        loop.remove_reader(socket.get(zmq.FD))
+        loop.remove_reader(descriptor(socket))
     socket.close(linger=0)
 
 

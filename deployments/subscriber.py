@@ -6,6 +6,7 @@ the bounded buffers; what they shed shows as a hole in the sequence and is repla
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import time
@@ -17,7 +18,14 @@ import zmq
 
 from deployments.follower import Follower
 from deployments.settings import EventsSettings, PodEndpoint
-from deployments.sockets import close_socket, open_socket, parse_topic, rank_endpoint, watch
+from deployments.sockets import (
+    close_socket,
+    monitor,
+    open_socket,
+    parse_topic,
+    rank_endpoint,
+    watch,
+)
 from kvcore.errors import EventDecodeError, InvalidInputError
 from kvcore.events import EventBatch, decode_batch
 from kvcore.feed import ModelRoot
@@ -29,6 +37,7 @@ log = logging.getLogger(__name__)
 _TIMER_S = 0.05
 _TURN_MESSAGES = 16  # of one socket, before the next one has its turn
 _MAX_RANK = 1024
+_NONE = [0, 0, 0]
 
 
 class PodStatus(NamedTuple):
@@ -60,6 +69,13 @@ class _Inlet:
 
     def __init__(self, socket: zmq.Socket, pod: str | None, rank: int) -> None:
         self.socket, self.pod, self.rank = socket, pod, rank
+        self.monitor = monitor(socket)
+        self.is_broken = False  # a connection broke; what came before it is read first
+
+    def close(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        close_socket(loop, self.monitor)
+        self.socket.disable_monitor()
+        close_socket(loop, self.socket)
 
 
 class Subscriber:
@@ -83,10 +99,11 @@ class Subscriber:
         self._pods: dict[str, PodEndpoint] = {}
         self._removed: set[str] = set()
         self._followers: dict[tuple[str, int], Follower] = {}
-        self._inlets: dict[int, _Inlet] = {}  # by the socket's descriptor
+        self._inlets: list[_Inlet] = []
         self._bound: _Inlet | None = None
         self._ready: dict[Any, None] = {}  # inlets and followers with something to read, in turn
         self._positions: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._states: dict[tuple[str, int], tuple[PodState, str | None]] | None = None
         self._is_scheduled = self._is_closed = False
         self._context: zmq.Context | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,12 +146,17 @@ class Subscriber:
             self._timer.cancel()
         for follower in self._followers.values():
             follower.close()
-        for inlet in self._inlets.values():
-            close_socket(self._loop, inlet.socket)
+        for inlet in self._inlets:
+            inlet.close(self._loop)
         self._inlets.clear()
         self._followers.clear()
         if self._context is not None:
             self._context.destroy(linger=0)
+
+    def _running(self) -> tuple[asyncio.AbstractEventLoop, zmq.Context]:
+        if self._loop is None or self._context is None:
+            raise RuntimeError("the subscriber is not started")
+        return self._loop, self._context
 
     # -- pods
 
@@ -178,19 +200,21 @@ class Subscriber:
         return list(self._pods.values())
 
     def _unfollow(self, name: str) -> int:
-        for fd, inlet in list(self._inlets.items()):
-            if inlet.pod == name:
-                self._ready.pop(inlet, None)
-                del self._inlets[fd]
-                close_socket(self._loop, inlet.socket)
+        for inlet in [inlet for inlet in self._inlets if inlet.pod == name]:
+            self._ready.pop(inlet, None)
+            self._inlets.remove(inlet)
+            inlet.close(self._loop)
         for key in [key for key in self._followers if key[0] == name]:
             follower = self._followers.pop(key)
             self._ready.pop(follower, None)
             follower.close()
+        self._states = None
         return self._index.drop_pod(name)
 
-    def _follow(self, name: str, rank: int, pod: PodEndpoint | None, model: str | None = None):
-        assert self._loop is not None and self._context is not None  # noqa: S101  # after start()
+    def _follow(
+        self, name: str, rank: int, pod: PodEndpoint | None, model: str | None = None
+    ) -> Follower:
+        loop, context = self._running()
         follower = Follower(
             self._settings,
             self._index,
@@ -200,9 +224,10 @@ class Subscriber:
             model=(pod.model if pod else None) or model,
             curve=pod.curve if pod else None,
             model_root=self._model_root,
-            context=self._context,
-            loop=self._loop,
+            context=context,
+            loop=loop,
             wake=self._wake,
+            changed=self._forget_states,
             now=self._clock(),
             wall_clock=self._wall_clock,
         )
@@ -215,13 +240,17 @@ class Subscriber:
         else:
             self._index.clear_pod(name, rank)  # blocks of a snapshot that nothing vouches for
         self._followers[name, rank] = follower
+        self._states = None
         return follower
 
+    def _forget_states(self) -> None:
+        self._states = None
+
     def _open_inlet(self, pod: str | None, rank: int, **where: str) -> _Inlet:
-        assert self._loop is not None and self._context is not None  # noqa: S101  # after start()
+        loop, context = self._running()
         endpoint = self._pods.get(pod) if pod else None
         socket = open_socket(
-            self._context,
+            context,
             zmq.SUB,
             receive_hwm=self._settings.receive_hwm,
             max_message_bytes=self._settings.max_message_bytes,
@@ -230,12 +259,37 @@ class Subscriber:
         )
         socket.subscribe(self._settings.topic_prefix)
         inlet = _Inlet(socket, pod, rank)
-        self._inlets[socket.get(zmq.FD)] = inlet
-        watch(self._loop, socket, lambda: self._wake(inlet))
+        self._inlets.append(inlet)
+        watch(loop, socket, lambda: self._wake(inlet))
+        watch(loop, inlet.monitor, lambda: self._note_break(inlet))
         self._wake(inlet)  # the descriptor only tells of changes
         return inlet
 
     # -- work
+
+    def _note_break(self, inlet: _Inlet) -> None:
+        with contextlib.suppress(zmq.Again, zmq.ZMQError):
+            while True:
+                inlet.monitor.recv_multipart(zmq.NOBLOCK)
+                inlet.is_broken = True
+                self._wake(inlet)
+
+    def _verify(self, inlet: _Inlet) -> None:
+        """Ask the publishers behind a broken connection whether they are still the same."""
+        inlet.is_broken = False
+        now = self._clock()
+        for (pod, rank), follower in self._followers.items():
+            if inlet.pod is None:
+                # Which pod left the bound socket is unknown; one without a replay cannot be asked.
+                is_behind = follower.stream.has_replay and not self._has_inlet(pod)
+            else:
+                is_behind = (pod, rank) == (inlet.pod, inlet.rank)
+            if is_behind:
+                follower.note_break(now)
+                follower.ask(now)
+
+    def _has_inlet(self, pod: str) -> bool:
+        return pod in self._pods and self._pods[pod].events is not None
 
     def _wake(self, source: "_Inlet | Follower") -> None:
         self._ready[source] = None
@@ -274,6 +328,8 @@ class Subscriber:
             try:
                 frames = source.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                if source.is_broken:
+                    self._verify(source)
                 return False
             self._take(source, frames, self._clock())
             if time.perf_counter() >= end:
@@ -282,12 +338,9 @@ class Subscriber:
 
     def _take(self, inlet: _Inlet, frames: list[bytes], now: float) -> None:
         batch: EventBatch | None = None
-        try:
-            if len(frames) != 3 or len(frames[1]) != 8:
-                raise EventDecodeError("not [topic, 8-byte sequence, payload]")
-            batch = decode_batch(frames[2])
-        except EventDecodeError as exc:
-            log.debug("unreadable message: %s", exc)
+        if len(frames) == 3 and len(frames[1]) == 8:
+            with contextlib.suppress(EventDecodeError):  # counted as damaged below
+                batch = decode_batch(frames[2])
         follower = self._whose(inlet, frames[0], batch)
         if follower is None:
             return
@@ -301,26 +354,31 @@ class Subscriber:
 
     def _whose(self, inlet: _Inlet, topic: bytes, batch: EventBatch | None) -> Follower | None:
         pod, model = parse_topic(topic)
-        rank = batch.rank if batch is not None and batch.rank is not None else inlet.rank
-        if inlet.pod is not None:
-            follower = self._followers[inlet.pod, inlet.rank]
-            if pod is not None and pod != inlet.pod and pod in self._pods:
-                self.counters.refused_claims += 1
-                follower.accuse(f"its socket used the name of pod {pod}")
-                return None
-            follower.learn_model(model)
-            return follower
+        if inlet.pod is None:
+            return self._whose_bound(pod, model, batch)
+        follower = self._followers[inlet.pod, inlet.rank]
+        if pod is not None and pod != inlet.pod and pod in self._pods:
+            self.counters.refused_claims += 1
+            follower.accuse(f"its socket used the name of pod {pod}")
+            return None
+        follower.learn_model(model)
+        return follower
+
+    def _whose_bound(
+        self, pod: str | None, model: str | None, batch: EventBatch | None
+    ) -> Follower | None:
         if pod is None:
             pushing = [p.name for p in self._pods.values() if p.events is None]
             pod = pushing[0] if len(pushing) == 1 else None
         if pod is None or pod in self._removed:
             self.counters.unattributed += 1
             return None
+        rank = batch.rank if batch is not None and batch.rank is not None else 0
         known = self._followers.get((pod, rank))
         if known is not None:
             known.learn_model(model)
             return known
-        if batch is None or (pod in self._pods and self._pods[pod].events is not None):
+        if batch is None or self._has_inlet(pod):
             # Nothing readable to tell a rank by, or the name of a pod that we connect to.
             self.counters.unattributed += batch is None
             self.counters.refused_claims += batch is not None
@@ -338,6 +396,7 @@ class Subscriber:
             return
         try:
             now = self._clock()
+            self._states = None
             for follower in list(self._followers.values()):
                 follower.tick(now)
         except Exception:
@@ -347,28 +406,52 @@ class Subscriber:
 
     # -- what others read
 
+    @property
+    def bound_endpoint(self) -> str | None:
+        """The address of the bound socket, with the port that a wildcard was given."""
+        return None if self._bound is None else self._bound.socket.get_string(zmq.LAST_ENDPOINT)
+
+    def states(self) -> Mapping[tuple[str, int], tuple[PodState, str | None]]:
+        """Return state and reason by (pod, rank), for every answer.
+
+        Cheap: made anew after a change, and every 50 ms for what only time or the index changes.
+        """
+        if self._states is None:
+            now = self._clock()
+            sums = self._block_sums()
+            self._states = {
+                (pod, follower.rank): follower.state(
+                    now, *sums.get((pod, follower.rank), _NONE)[1:]
+                )
+                for (pod, _), follower in self._followers.items()
+            }
+        return self._states
+
+    def _block_sums(self) -> dict[tuple[str, int], list[int]]:
+        """Return blocks, waiting blocks and blocks the index could not keep, by (pod, rank)."""
+        sums: dict[tuple[str, int], list[int]] = {}
+        for stat in self._index.holder_stats():
+            entry = sums.setdefault((stat.holder.pod, stat.holder.rank), [0, 0, 0])
+            entry[0] += stat.blocks
+            entry[1] += stat.waiting
+            entry[2] += stat.dropped + stat.evicted
+        return sums
+
     def statuses(self) -> list[PodStatus]:
         """Return the state of every rank of every pod, in the order they were added."""
         now, wall = self._clock(), self._wall_clock()
-        stats: dict[tuple[str, int], list[int]] = {}
-        for stat in self._index.holder_stats():
-            sums = stats.setdefault((stat.holder.pod, stat.holder.rank), [0, 0, 0, 0])
-            sums[0] += stat.blocks
-            sums[1] += stat.waiting
-            sums[2] += stat.dropped
-            sums[3] += stat.evicted
+        sums = self._block_sums()
         result = []
         for (pod, _), follower in self._followers.items():
             rank = follower.rank
-            blocks, waiting, dropped, evicted = stats.get((pod, rank), [0, 0, 0, 0])
-            state, reason = follower.state(now, waiting, dropped + evicted)
+            blocks, waiting, losses = sums.get((pod, rank), _NONE)
+            state, reason = follower.state(now, waiting, losses)
             since = follower.since(state, wall)
             counters = {
                 **asdict(follower.stream.counters),
                 **asdict(follower.feed(follower.rank).counters),
                 "waiting_blocks": waiting,
-                "dropped_blocks": dropped,
-                "evicted_blocks": evicted,
+                "dropped_blocks": losses,
             }
             result.append(
                 PodStatus(

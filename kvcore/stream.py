@@ -195,22 +195,25 @@ class Stream:
         if self._reply_first is None:
             self._reply_first = seq
         self._seen_seq = max(self._seen_seq, seq)
+        steps: list[Step] = []
         if seq == 0 and self._is_rebuilding and batch is not None:
-            return self._begin_again(payload, batch, now)
-        if seq == self.next_seq - 1 and self._last_mark() is not None:
+            steps = self._begin_again(payload, batch, now)
+        elif seq == self.next_seq - 1 and self._last_mark() is not None:
             if self._last_mark() == Mark.of(payload):
                 self._is_anchored, self._is_suspect = True, False
-                return self._drain()
-            return self._restart("the publisher restarted", now)
-        if seq < self.next_seq:
-            return []
-        if batch is None:
-            return self._step_over(seq, now)
-        if seq == self.next_seq and (self._is_anchored or not self._is_joined):
+                steps = self._drain()
+            else:
+                steps = self._restart("the publisher restarted", now)
+        elif seq < self.next_seq:
+            pass  # asked again from before a hole, or from 0
+        elif batch is None:
+            steps = self._step_over(seq)
+        elif seq == self.next_seq and (self._is_anchored or not self._is_joined):
             self._is_joined = self._is_anchored = True
-            return [*self._apply(payload, batch), *self._drain()]
-        self._hold(seq, payload, batch)
-        return []
+            steps = [*self._apply(payload, batch), *self._drain()]
+        else:
+            self._hold(seq, payload, batch)
+        return steps
 
     def reply_ended(self, now: float) -> list[Step]:
         """Take the end marker of a replay."""
@@ -282,9 +285,9 @@ class Stream:
             self._asked_from = None
             self.counters.replays_failed += 1
             return self._end_fruitless(now)
-        if not self.has_replay and self._has_hole() and self._hole_since is not None:
-            if now - self._hole_since >= self.limits.gap_grace_s:
-                return self._give_up(now)
+        is_open = not self.has_replay and self._has_hole() and self._hole_since is not None
+        if is_open and now - (self._hole_since or 0.0) >= self.limits.gap_grace_s:
+            return self._give_up(now)
         return []
 
     @property
@@ -440,7 +443,7 @@ class Stream:
         self._attempts = 0
         self._next_ask_at = now + self.limits.probe_interval_s
 
-    def _step_over(self, seq: int, now: float) -> list[Step]:
+    def _step_over(self, seq: int) -> list[Step]:
         """A batch that is damaged in the publisher's own buffer will never be readable."""
         self.counters.damaged += 1
         if seq != self.next_seq:

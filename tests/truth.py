@@ -52,9 +52,9 @@ class Verdict(NamedTuple):
         return self.total - len(self.misses)
 
 
-async def check(path: Path) -> Verdict:
-    """Replay one recording."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+async def check(text: str) -> Verdict:
+    """Replay one recording, JSON lines."""
+    lines = [json.loads(line) for line in text.splitlines()]
     events = list(_events(lines))
     block_size = next(e["block_size"] for _, _, e in events if e.get("block_size"))
     adapters = {e["lora_name"] for _, _, e in events if e.get("lora_name")}
@@ -149,8 +149,8 @@ def _events(lines: list[dict[str, Any]]) -> Iterator[tuple[str, int, dict[str, A
 
 
 def _rank(payload: bytes) -> int:
-    _, _, *rank = msgpack.unpackb(payload, strict_map_key=False)
-    return (rank and rank[0]) or 0
+    fields = msgpack.unpackb(payload, strict_map_key=False)
+    return int(fields[2] or 0) if len(fields) > 2 else 0
 
 
 def _asked_rank(line: dict[str, Any]) -> int | None:
@@ -183,7 +183,7 @@ async def _fence(
 def main() -> None:
     """Check every file named on the command line; exit with 1 if one cannot be replayed."""
     for name in sys.argv[1:]:
-        verdict = asyncio.run(check(Path(name)))
+        verdict = asyncio.run(check(Path(name).read_text()))
         print(f"{name} {verdict.exact}/{verdict.total}")
         for miss in verdict.misses:
             print(
