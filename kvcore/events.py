@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kvcore.errors import EventDecodeError
 from kvcore.kernels import msgpack as kernel
+from kvcore.tokens import Tokens
 
-Tokens = NDArray[np.uint32]
 Hashes = NDArray[np.uint64] | list[bytes]
 
 _STORED_FIELDS = ["block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id"]
