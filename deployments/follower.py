@@ -1,6 +1,7 @@
 """One publisher followed: its sequence, its feed into the index, its replay socket."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from kvcore.events import EventBatch, decode_batch
 from kvcore.feed import Feed, ModelRoot
 from kvcore.index import BlockIndex
 from kvcore.stream import Clear, PodState, Step, Stream, StreamLimits
+
+log = logging.getLogger(__name__)
 
 _END = b"\xff" * 8
 
@@ -188,12 +191,22 @@ class Follower:
             else:
                 if step.rank is not None:
                     self.rank = step.rank  # the engine knows better than the settings
-                self.feed(self.rank).apply(step)
+                self._apply(self.feed(self.rank), step)
                 self.lag_s = self._wall_clock() - step.ts
         reasons = (self.stream.problem, self._feeds[self.rank].doubt)
         if reasons != self._shown:
             self._shown = reasons
             self._changed()
+
+    def _apply(self, feed: Feed, batch: EventBatch) -> None:
+        try:
+            feed.apply(batch)
+        except Exception:
+            # A bug of ours must not stop the pod; what it left behind cannot be trusted.
+            log.exception("a batch of pod %s could not be applied", self.pod)
+            feed.clear()
+            feed.counters.failed_batches += 1
+            feed.doubt = "a batch could not be applied; see the log"
 
     # -- state
 

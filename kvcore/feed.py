@@ -33,6 +33,7 @@ class FeedCounters:
     refused_events: int = 0  # of another block size, or whose parts do not fit
     unknown_removals: int = 0  # blocks the holder did not have
     unresolved_blocks: int = 0  # named by hash alone, and never seen before
+    failed_batches: int = 0  # by a bug of ours
     replaced_blocks: int = 0  # engine hashes that named another block before
 
 
@@ -58,7 +59,7 @@ class Feed:
         self._roots: dict[tuple[str | None, str | None], int] = {}
 
     def apply(self, batch: EventBatch) -> None:
-        """Apply a batch's events in order; nothing in it can raise."""
+        """Apply a batch's events in order; what it cannot use is counted, and never raises."""
         for event in batch.events:
             try:
                 if isinstance(event, BlockStored):

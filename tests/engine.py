@@ -5,6 +5,7 @@ told to misbehave: to lose, repeat and reorder messages, to answer a replay badl
 """
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -27,11 +28,15 @@ class RecordedEngine:
         *,
         buffer: int = 10_000,
         is_old_protocol: bool = False,
+        connect: str | None = None,
+        send_hwm: int = 0,
+        curve: tuple[bytes, bytes] | None = None,
         answer: Callable[[list[Message]], list[Message] | None] = lambda found: found,
     ) -> None:
         self._context = context
         self._suffix = f"_dp{rank}" if rank else ""
         self._endpoint, self._is_old_protocol = endpoint, is_old_protocol
+        self._connect, self._send_hwm, self._curve = connect, send_hwm, curve
         self.answer = answer  # what of a reply is sent; None: nothing, not even its end
         self.kept: deque[Message] = deque(maxlen=buffer)
         self.n_asked = 0
@@ -44,13 +49,12 @@ class RecordedEngine:
         return self.kept[-1][1] if self.kept else None
 
     def _open(self) -> None:
-        self._pub = self._context.socket(zmq.XPUB)
-        self._pub.set(zmq.LINGER, 0)
-        self._pub.set(zmq.SNDHWM, 0)
-        self._pub.bind(f"{self._endpoint}.events{self._suffix}")
-        self._router = self._context.socket(zmq.ROUTER)
-        self._router.set(zmq.LINGER, 0)
-        self._router.set(zmq.SNDHWM, 0)
+        self._pub = self._socket(zmq.XPUB, self._send_hwm)
+        if self._connect is not None:
+            self._pub.connect(self._connect)
+        else:
+            self._pub.bind(f"{self._endpoint}.events{self._suffix}")
+        self._router = self._socket(zmq.ROUTER, 0)
         self._router.bind(f"{self._endpoint}.replay{self._suffix}")
         self._is_open = True
         self._has_subscriber = False
@@ -58,21 +62,34 @@ class RecordedEngine:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
+    def _socket(self, kind: int, send_hwm: int) -> zmq.Socket:
+        socket = self._context.socket(kind)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.SNDHWM, send_hwm)
+        if self._curve is not None:
+            public, secret = self._curve
+            socket.set(zmq.CURVE_PUBLICKEY, public)
+            socket.set(zmq.CURVE_SECRETKEY, secret)
+            socket.set(zmq.CURVE_SERVER, 1)
+        return socket
+
     def _serve(self) -> None:
-        while not self._stop.is_set():
-            if not self._router.poll(20):
-                continue
-            asker, _, start = self._router.recv_multipart()
-            self.n_asked += 1
-            first = int.from_bytes(start, "big")
-            found = self.answer([m for m in list(self.kept) if m[1] >= first])
-            if found is None:
-                continue
-            for topic, seq, payload in found:
-                head = [asker, b""] if self._is_old_protocol else [asker, b"", topic]
-                self._router.send_multipart([*head, seq.to_bytes(8, "big"), payload])
-            end = [END, b""] if self._is_old_protocol else [b"", END, b""]
-            self._router.send_multipart([asker, b"", *end])
+        with contextlib.suppress(zmq.ZMQError):  # closed by a test that failed
+            while not self._stop.is_set():
+                if self._router.poll(20):
+                    self._answer(*self._router.recv_multipart())
+
+    def _answer(self, asker: bytes, _: bytes, start: bytes) -> None:
+        self.n_asked += 1
+        first = int.from_bytes(start, "big")
+        found = self.answer([m for m in list(self.kept) if m[1] >= first])
+        if found is None:
+            return
+        for topic, seq, payload in found:
+            head = [asker, b""] if self._is_old_protocol else [asker, b"", topic]
+            self._router.send_multipart([*head, seq.to_bytes(8, "big"), payload])
+        end = [END, b""] if self._is_old_protocol else [b"", END, b""]
+        self._router.send_multipart([asker, b"", *end])
 
     async def publish(self, topic: bytes, seq: int, payload: bytes) -> None:
         """Publish one message to a subscriber that is certainly there."""

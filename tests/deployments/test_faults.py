@@ -34,8 +34,9 @@ QUICK = {
 
 @pytest.fixture
 def context() -> Iterator[zmq.Context]:
-    with zmq.Context() as made:
-        yield made
+    made = zmq.Context()
+    yield made
+    made.destroy(linger=0)
 
 
 @pytest.fixture
