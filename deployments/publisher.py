@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 
 from deployments.settings import PublisherSettings
-from deployments.sockets import close_socket, open_socket, watch
+from deployments.sockets import close_socket, guard, open_socket, watch
 from kvcore.kernels.wire import fnv1a_64
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Publisher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pub: zmq.Socket | None = None
         self._router: zmq.Socket | None = None
+        self._door: zmq.Socket | None = None
         self._replies: deque[_Reply] = deque()
         self._retry: asyncio.TimerHandle | None = None
 
@@ -72,6 +73,11 @@ class Publisher:
     def is_on(self) -> bool:
         """Whether anything is published at all."""
         return self._pub is not None
+
+    @property
+    def bound_endpoint(self) -> str | None:
+        """The address of the events, with the port that a wildcard was given."""
+        return None if self._pub is None else self._pub.get_string(zmq.LAST_ENDPOINT)
 
     async def start(self) -> None:
         """Bind the sockets.
@@ -84,6 +90,7 @@ class Publisher:
             return
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
+        self._door = guard(self._loop, self._context, settings.curve)
         self._pub = open_socket(
             self._context,
             zmq.XPUB,
@@ -109,11 +116,10 @@ class Publisher:
         """Close the sockets at once."""
         if self._retry is not None:
             self._retry.cancel()
-        if self._router is not None:
-            close_socket(self._loop, self._router)
-        if self._pub is not None:
-            self._pub.close(linger=0)
-        self._pub = self._router = None
+        for socket in (self._door, self._router, self._pub):
+            if socket is not None:
+                close_socket(self._loop, socket)
+        self._pub = self._router = self._door = None
         if self._context is not None:
             self._context.destroy(linger=0)
 

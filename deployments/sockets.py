@@ -1,11 +1,13 @@
 """ZMQ sockets that read on an event loop by callback, bounded and closed without lingering."""
 
 import asyncio
+import contextlib
 import contextvars
 import os
 from collections.abc import Callable
 
 import zmq
+from zmq.utils import z85
 
 from deployments.settings import CurveSettings
 
@@ -92,6 +94,31 @@ def close_socket(loop: asyncio.AbstractEventLoop | None, socket: zmq.Socket) -> 
     if loop is not None and not loop.is_closed():
         loop.remove_reader(descriptor(socket))
     socket.close(linger=0)
+
+
+def guard(
+    loop: asyncio.AbstractEventLoop, context: zmq.Context, curve: CurveSettings | None
+) -> zmq.Socket | None:
+    """Let only ``allowed_keys`` into the context's bound sockets; None where all may come in.
+
+    This is ZMQ's own protocol for it (ZAP, RFC 27): libzmq asks here about every client's key.
+    """
+    if curve is None or not curve.allowed_keys:
+        return None
+    allowed = {z85.decode(key.encode()) for key in curve.allowed_keys}
+    door = context.socket(zmq.REP)
+    door.bind("inproc://zeromq.zap.01")
+
+    def judge() -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                version, request, *_, mechanism, key = door.recv_multipart(zmq.NOBLOCK)
+                is_known = mechanism == b"CURVE" and key in allowed
+                answer = [b"200", b"OK"] if is_known else [b"400", b"unknown key"]
+                door.send_multipart([version, request, *answer, b"", b""])
+
+    watch(loop, door, judge)
+    return door
 
 
 def rank_endpoint(endpoint: str, rank: int) -> str:

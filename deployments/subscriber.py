@@ -20,6 +20,7 @@ from deployments.follower import Follower
 from deployments.settings import EventsSettings, PodEndpoint
 from deployments.sockets import (
     close_socket,
+    guard,
     monitor,
     open_socket,
     parse_topic,
@@ -101,6 +102,7 @@ class Subscriber:
         self._followers: dict[tuple[str, int], Follower] = {}
         self._inlets: list[_Inlet] = []
         self._bound: _Inlet | None = None
+        self._door: zmq.Socket | None = None
         self._ready: dict[Any, None] = {}  # inlets and followers with something to read, in turn
         self._positions: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._states: dict[tuple[str, int], tuple[PodState, str | None]] | None = None
@@ -126,6 +128,7 @@ class Subscriber:
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8192)
         if self._settings.bind is not None:
+            self._door = guard(self._loop, self._context, self._settings.curve)
             self._bound = self._open_inlet(None, 0, bind=self._settings.bind)
         for pod in self._settings.pods:
             self.add_pod(pod)
@@ -148,6 +151,8 @@ class Subscriber:
             follower.close()
         for inlet in self._inlets:
             inlet.close(self._loop)
+        if self._door is not None:
+            close_socket(self._loop, self._door)
         self._inlets.clear()
         self._followers.clear()
         if self._context is not None:

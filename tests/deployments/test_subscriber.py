@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zmq
 from pydantic import ValidationError
@@ -155,7 +156,7 @@ def test_an_engine_that_names_its_own_rank_is_believed(context, tmp_path):
 
 
 def test_an_empty_topic_is_known_by_its_endpoint(context, tmp_path):
-    """vLLM's default topic is empty."""
+    """An empty topic is vLLM's default."""
 
     async def main() -> None:
         subscriber = make(pods=(pod(tmp_path, "pod-a"),))
@@ -293,7 +294,7 @@ def test_an_unexpected_error_stops_nothing(context, tmp_path, caplog):
 
 
 def test_a_flood_is_shed_and_made_good(context, tmp_path):
-    """Queues are short here, so most of a flood is lost; replay brings it back, PARTIAL meanwhile."""
+    """With short queues most of a flood is lost; replay brings it back, PARTIAL meanwhile."""
 
     async def main() -> None:
         settings = {"receive_hwm": 10, "max_held_batches": 20}
@@ -324,7 +325,7 @@ def test_an_encrypted_pod_is_followed(context, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_SECRET", secret.decode())
     curve = CurveSettings(
         public_key=public.decode(),
-        secret_key_env="TEST_SECRET",
+        secret_key_env="TEST_SECRET",  # noqa: S106  # the name of a variable
         server_key=server_public.decode(),
     )
 
@@ -368,11 +369,11 @@ asyncio.run(main(pathlib.Path(sys.argv[1])))
 
 @pytest.mark.parametrize("restarts", [False, True], ids=["engine lives", "engine restarts"])
 def test_a_killed_process_goes_on_from_its_snapshot(context, tmp_path, restarts):
-    """kill -9: afterwards the index equals one that never died, without a replay of everything."""
+    """After kill -9 the index equals one that never died, without a replay of everything."""
 
     async def main() -> None:
         engine, cache = RecordedEngine(context, f"ipc://{tmp_path}/pod-a"), MadeCache(13)
-        child = subprocess.Popen(  # noqa: ASYNC220  # it runs along
+        child = subprocess.Popen(  # noqa: ASYNC220, S603  # our own code, and it runs along
             [sys.executable, "-c", CHILD, str(tmp_path)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -416,7 +417,7 @@ def test_a_snapshots_pods_that_are_no_longer_configured_are_dropped(tmp_path):
         index = BlockIndex()
         prompts = [list(range(8))]
         holder = index.holder("gone")
-        tokens = __import__("numpy").arange(8, dtype="uint32")
+        tokens = np.arange(8, dtype=np.uint32)
         index.store(holder, [1, 2], None, tokens, block_size=4, root=root("m", None, None))
         settings = EventsSettings.model_validate(QUICK)
         subscriber = Subscriber(settings, index, model_root=root)

@@ -1,6 +1,7 @@
 """The codec faces bytes that real engines sent, and bytes that nobody should send."""
 
 import base64
+import contextlib
 import json
 import pickle
 
@@ -15,6 +16,7 @@ from kvcore.events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
+    EventBatch,
     decode_batch,
     decode_batch_by_library,
 )
@@ -291,7 +293,5 @@ def test_damaged_bytes_never_do_more_than_fail(sample, data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_batch_or_the_typed_error(payload):
     """No third outcome."""
-    try:
-        decode_batch(payload)
-    except EventDecodeError as error:
-        assert str(len(payload)) in str(error)
+    with contextlib.suppress(EventDecodeError):
+        assert isinstance(decode_batch(payload), EventBatch)

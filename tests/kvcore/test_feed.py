@@ -67,7 +67,7 @@ def test_order_inside_a_batch_matters(feed):
 
 
 def test_an_adapter_matches_requests_that_name_it(feed):
-    """vLLM repeats the adapter's name in every block's extra keys; it is no image."""
+    """Engines repeat the adapter's name in every block's extra keys; it is no image."""
     keys = [["ad-one", "s9"], ["ad-one"]]
     event = BlockStored(hashes(1, 2), None, tokens(2), BS, lora_name="ad-one", extra_keys=keys)
     apply(feed, event)
