@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -14,11 +15,26 @@ from kvcore.errors import EventDecodeError
 from kvcore.events import EventBatch, decode_batch
 from kvcore.feed import Feed, ModelRoot
 from kvcore.index import BlockIndex
-from kvcore.stream import Clear, PodState, Step, Stream, StreamLimits
+from kvcore.stream import Clear, Step, Stream
+from kvcore.stream_state import PodState, StreamLimits
 
 log = logging.getLogger(__name__)
 
 _END = b"\xff" * 8
+
+
+class PodStatus(NamedTuple):
+    """What is known about one data-parallel rank of a pod, and how well."""
+
+    pod: str
+    rank: int
+    state: PodState
+    reason: str | None  # None when EXACT
+    since: float  # seconds since the epoch, when the state began
+    last_seq: int | None
+    lag_s: float | None  # engine clock to application, of the last batch; None before any
+    blocks: int
+    counters: dict[str, int]
 
 
 class Follower:
@@ -233,11 +249,21 @@ class Follower:
             return f"the index had no room for {self._losses - self._losses_forgiven} blocks"
         return None
 
-    def since(self, state: PodState, wall: float) -> float:
-        """Return when this state began, by the wall clock."""
+    def status(self, now: float, blocks: int, waiting: int, losses: int) -> PodStatus:
+        """Return everything that is known about the publisher."""
+        state, reason = self.state(now, waiting, losses)
         if state is not self._state:
-            self._state, self._since = state, wall
-        return self._since
+            self._state, self._since = state, self._wall_clock()
+        counters = {
+            **asdict(self.stream.counters),
+            **asdict(self.feed(self.rank).counters),
+            "waiting_blocks": waiting,
+            "dropped_blocks": losses,
+        }
+        last_seq = self.stream.last_seq
+        return PodStatus(
+            self.pod, self.rank, state, reason, self._since, last_seq, self.lag_s, blocks, counters
+        )
 
     def close(self) -> None:
         """Close the replay socket."""

@@ -11,27 +11,20 @@ import contextvars
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import zmq
 
-from deployments.follower import Follower
+from deployments.follower import Follower, PodStatus
+from deployments.inlet import Inlet
 from deployments.settings import EventsSettings, PodEndpoint
-from deployments.sockets import (
-    close_socket,
-    guard,
-    monitor,
-    open_socket,
-    parse_topic,
-    rank_endpoint,
-    watch,
-)
+from deployments.sockets import close_socket, guard, parse_topic, rank_endpoint
 from kvcore.errors import EventDecodeError, InvalidInputError
 from kvcore.events import EventBatch, decode_batch
 from kvcore.feed import ModelRoot
 from kvcore.index import BlockIndex
-from kvcore.stream import PodState, Position
+from kvcore.stream_state import PodState, Position
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +32,6 @@ _TIMER_S = 0.05
 _TURN_MESSAGES = 16  # of one socket, before the next one has its turn
 _MAX_RANK = 1024
 _NONE = [0, 0, 0]
-
-
-class PodStatus(NamedTuple):
-    """What is known about one data-parallel rank of a pod, and how well."""
-
-    pod: str
-    rank: int
-    state: PodState
-    reason: str | None  # None when EXACT
-    since: float  # seconds since the epoch, when the state began
-    last_seq: int | None
-    lag_s: float | None  # engine clock to application, of the last batch; None before any
-    blocks: int
-    counters: dict[str, int]
 
 
 @dataclass
@@ -63,20 +42,6 @@ class SubscriberCounters:
     refused_claims: int = 0  # one pod's socket using another pod's name
     refused_pods: int = 0  # more pods or ranks than the limits
     errors: int = 0  # unexpected, each with a log line
-
-
-class _Inlet:
-    """One SUB socket: a pod's own, or the bound one that all others share."""
-
-    def __init__(self, socket: zmq.Socket, pod: str | None, rank: int) -> None:
-        self.socket, self.pod, self.rank = socket, pod, rank
-        self.monitor = monitor(socket)
-        self.is_broken = False  # a connection broke; what came before it is read first
-
-    def close(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        close_socket(loop, self.monitor)
-        self.socket.disable_monitor()
-        close_socket(loop, self.socket)
 
 
 class Subscriber:
@@ -100,8 +65,8 @@ class Subscriber:
         self._pods: dict[str, PodEndpoint] = {}
         self._removed: set[str] = set()
         self._followers: dict[tuple[str, int], Follower] = {}
-        self._inlets: list[_Inlet] = []
-        self._bound: _Inlet | None = None
+        self._inlets: list[Inlet] = []
+        self._bound: Inlet | None = None
         self._door: zmq.Socket | None = None
         self._ready: dict[Any, None] = {}  # inlets and followers with something to read, in turn
         self._positions: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -129,7 +94,7 @@ class Subscriber:
         self._context.set(zmq.MAX_SOCKETS, 8192)
         if self._settings.bind is not None:
             self._door = guard(self._loop, self._context, self._settings.curve)
-            self._bound = self._open_inlet(None, 0, bind=self._settings.bind)
+            self._bound = self._open_inlet(None, 0)
         for pod in self._settings.pods:
             self.add_pod(pod)
         for name in {pod for pod, _ in self._positions} - set(self._pods):
@@ -150,7 +115,7 @@ class Subscriber:
         for follower in self._followers.values():
             follower.close()
         for inlet in self._inlets:
-            inlet.close(self._loop)
+            inlet.close()
         if self._door is not None:
             close_socket(self._loop, self._door)
         self._inlets.clear()
@@ -188,7 +153,7 @@ class Subscriber:
             for rank in range(pod.ranks):
                 self._follow(pod.name, rank, pod)
                 if pod.events is not None:
-                    self._open_inlet(pod.name, rank, connect=rank_endpoint(pod.events, rank))
+                    self._open_inlet(pod, rank)
         except BaseException:
             self.remove_pod(pod.name)
             raise
@@ -208,7 +173,7 @@ class Subscriber:
         for inlet in [inlet for inlet in self._inlets if inlet.pod == name]:
             self._ready.pop(inlet, None)
             self._inlets.remove(inlet)
-            inlet.close(self._loop)
+            inlet.close()
         for key in [key for key in self._followers if key[0] == name]:
             follower = self._followers.pop(key)
             self._ready.pop(follower, None)
@@ -251,35 +216,16 @@ class Subscriber:
     def _forget_states(self) -> None:
         self._states = None
 
-    def _open_inlet(self, pod: str | None, rank: int, **where: str) -> _Inlet:
+    def _open_inlet(self, pod: PodEndpoint | None, rank: int) -> Inlet:
         loop, context = self._running()
-        endpoint = self._pods.get(pod) if pod else None
-        socket = open_socket(
-            context,
-            zmq.SUB,
-            receive_hwm=self._settings.receive_hwm,
-            max_message_bytes=self._settings.max_message_bytes,
-            curve=endpoint.curve if endpoint else self._settings.curve,
-            **where,  # type: ignore[arg-type]  # either bind= or connect=
-        )
-        socket.subscribe(self._settings.topic_prefix)
-        inlet = _Inlet(socket, pod, rank)
+        inlet = Inlet(self._settings, context, pod, rank)
         self._inlets.append(inlet)
-        watch(loop, socket, lambda: self._wake(inlet))
-        watch(loop, inlet.monitor, lambda: self._note_break(inlet))
-        self._wake(inlet)  # the descriptor only tells of changes
+        inlet.watch(loop, self._wake)
         return inlet
 
     # -- work
 
-    def _note_break(self, inlet: _Inlet) -> None:
-        with contextlib.suppress(zmq.Again, zmq.ZMQError):
-            while True:
-                inlet.monitor.recv_multipart(zmq.NOBLOCK)
-                inlet.is_broken = True
-                self._wake(inlet)
-
-    def _verify(self, inlet: _Inlet) -> None:
+    def _verify(self, inlet: Inlet) -> None:
         """Ask the publishers behind a broken connection whether they are still the same."""
         inlet.is_broken = False
         now = self._clock()
@@ -296,7 +242,7 @@ class Subscriber:
     def _has_inlet(self, pod: str) -> bool:
         return pod in self._pods and self._pods[pod].events is not None
 
-    def _wake(self, source: "_Inlet | Follower") -> None:
+    def _wake(self, source: "Inlet | Follower") -> None:
         self._ready[source] = None
         if not self._is_scheduled and self._loop is not None and not self._is_closed:
             self._is_scheduled = True
@@ -323,16 +269,13 @@ class Subscriber:
         if self._ready and not self._is_closed:
             self._wake(next(iter(self._ready)))
 
-    def _read(self, source: "_Inlet | Follower", end: float) -> bool:
+    def _read(self, source: "Inlet | Follower", end: float) -> bool:
         """Read some messages of one socket; tell whether there may be more."""
         if isinstance(source, Follower):
             return source.read_replay(_TURN_MESSAGES, end, self._clock())
-        if source.socket.closed:
-            return False
         for _ in range(_TURN_MESSAGES):
-            try:
-                frames = source.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = source.receive()
+            if frames is None:
                 if source.is_broken:
                     self._verify(source)
                 return False
@@ -341,7 +284,7 @@ class Subscriber:
                 break
         return True
 
-    def _take(self, inlet: _Inlet, frames: list[bytes], now: float) -> None:
+    def _take(self, inlet: Inlet, frames: list[bytes], now: float) -> None:
         batch: EventBatch | None = None
         if len(frames) == 3 and len(frames[1]) == 8:
             with contextlib.suppress(EventDecodeError):  # counted as damaged below
@@ -357,7 +300,7 @@ class Subscriber:
         if follower.stream.problem is not None:
             follower.ask(now)
 
-    def _whose(self, inlet: _Inlet, topic: bytes, batch: EventBatch | None) -> Follower | None:
+    def _whose(self, inlet: Inlet, topic: bytes, batch: EventBatch | None) -> Follower | None:
         pod, model = parse_topic(topic)
         if inlet.pod is None:
             return self._whose_bound(pod, model, batch)
@@ -414,7 +357,7 @@ class Subscriber:
     @property
     def bound_endpoint(self) -> str | None:
         """The address of the bound socket, with the port that a wildcard was given."""
-        return None if self._bound is None else self._bound.socket.get_string(zmq.LAST_ENDPOINT)
+        return None if self._bound is None else self._bound.endpoint
 
     def states(self) -> Mapping[tuple[str, int], tuple[PodState, str | None]]:
         """Return state and reason by (pod, rank), for every answer.
@@ -444,34 +387,11 @@ class Subscriber:
 
     def statuses(self) -> list[PodStatus]:
         """Return the state of every rank of every pod, in the order they were added."""
-        now, wall = self._clock(), self._wall_clock()
-        sums = self._block_sums()
-        result = []
-        for (pod, _), follower in self._followers.items():
-            rank = follower.rank
-            blocks, waiting, losses = sums.get((pod, rank), _NONE)
-            state, reason = follower.state(now, waiting, losses)
-            since = follower.since(state, wall)
-            counters = {
-                **asdict(follower.stream.counters),
-                **asdict(follower.feed(follower.rank).counters),
-                "waiting_blocks": waiting,
-                "dropped_blocks": losses,
-            }
-            result.append(
-                PodStatus(
-                    pod,
-                    rank,
-                    state,
-                    reason,
-                    since,
-                    follower.stream.last_seq,
-                    follower.lag_s,
-                    blocks,
-                    counters,
-                )
-            )
-        return result
+        now, sums = self._clock(), self._block_sums()
+        return [
+            follower.status(now, *sums.get((pod, follower.rank), _NONE))
+            for (pod, _), follower in self._followers.items()
+        ]
 
     def positions(self) -> list[dict[str, Any]]:
         """Return where every publisher stands, JSON-serialisable.

@@ -44,7 +44,9 @@ class BlockStored(NamedTuple):
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
-    extra_keys: list[list[str] | None] | None = None  # per block: adapter, multimodal hashes, salt
+    extra_keys: Sequence[Sequence[str] | None] | None = (
+        None  # per block: adapter, multimodal hashes, salt
+    )
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None  # tokens

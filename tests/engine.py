@@ -10,9 +10,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import msgpack
 import zmq
 
 END = b"\xff" * 8
+
+
+def pack(body: object) -> bytes:
+    """Encode what an engine would."""
+    return bytes(msgpack.packb(body) or b"")
+
 
 Message = tuple[bytes, int, bytes]  # topic, number, payload
 

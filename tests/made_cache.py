@@ -3,13 +3,13 @@
 import random
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from kvcore.events import decode_batch_by_library
 from kvcore.feed import Feed
 from kvcore.hashing import hash_blocks, namespace_root
 from kvcore.index import BlockIndex
+from tests.engine import pack
 
 BLOCK_SIZE = 4
 
@@ -39,7 +39,7 @@ class MadeCache:
         """Make one batch; return its number and payload."""
         events = [self._event() for _ in range(self._random.randint(1, 3))]
         self._ts += self._random.random() + 0.001
-        payload: bytes = msgpack.packb([self._ts, events, self._rank])  # type: ignore[assignment]  # it packs
+        payload = pack([self._ts, events, self._rank])
         self.batches.append(payload)
         return len(self.batches) - 1, payload
 

@@ -21,7 +21,7 @@ from kvcore.events import BlockStored, decode_batch_by_library
 from kvcore.hashing import hash_blocks, namespace_root
 from kvcore.index import BlockIndex
 from kvcore.scorer import score
-from kvcore.stream import PodState
+from kvcore.stream_state import PodState
 from tests.engine import RecordedEngine
 
 # Requests of these phases overlap, so what is cached when one is scheduled is not in the file.

@@ -10,15 +10,14 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-import msgpack
 import pytest
 import zmq
 
 from deployments.settings import EventsSettings, PodEndpoint
 from deployments.subscriber import PodStatus, Subscriber
 from kvcore.index import BlockIndex
-from kvcore.stream import PodState
-from tests.engine import RecordedEngine
+from kvcore.stream_state import PodState
+from tests.engine import RecordedEngine, pack
 from tests.made_cache import BLOCK_SIZE, MadeCache, depths, root, truth
 
 TOPIC = b"kv@pod-a@m"
@@ -205,7 +204,7 @@ def test_a_gap_older_than_the_buffer(context, endpoint):
             assert now.counters["lost"] == 81
             ours, true = compare(subscriber, cache)
             assert all(o <= t for o, t in zip(ours, true, strict=True))
-            cleared = msgpack.packb([9e9, [["AllBlocksCleared"]], None])
+            cleared = pack([9e9, [["AllBlocksCleared"]], None])
             cache.batches.append(cleared)
             await engine.publish(TOPIC, 131, cleared)
             await until(lambda: is_exact(subscriber, cache))
@@ -296,7 +295,7 @@ JUNK = {
     "two frames": [TOPIC, NUMBER],
     "four frames": [TOPIC, NUMBER, b"\x90", b""],
     "a hundred frames": [TOPIC] * 100,
-    "a 7-byte number": [TOPIC, NUMBER[1:], msgpack.packb([1.0, [], None])],
+    "a 7-byte number": [TOPIC, NUMBER[1:], pack([1.0, [], None])],
     "garbage": [TOPIC, NUMBER, b"\xff\xfe garbage"],
     "a pickle": [TOPIC, NUMBER, pickle.dumps({"type": "BlockStored"})],
     "a 4 GiB array": [TOPIC, NUMBER, b"\x93\xcb" + bytes(8) + b"\xdd\xff\xff\xff\xff"],

@@ -19,7 +19,7 @@ from deployments.sockets import parse_topic, rank_endpoint
 from deployments.subscriber import Subscriber
 from kvcore.errors import InvalidInputError
 from kvcore.index import BlockIndex
-from kvcore.stream import PodState
+from kvcore.stream_state import PodState
 from tests.deployments.test_faults import QUICK, compare, is_exact, publish, status, until
 from tests.engine import RecordedEngine
 from tests.made_cache import MadeCache, depths, root, truth

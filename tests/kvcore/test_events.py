@@ -5,7 +5,6 @@ import contextlib
 import json
 import pickle
 
-import msgpack
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +19,7 @@ from kvcore.events import (
     decode_batch,
     decode_batch_by_library,
 )
+from tests.engine import pack
 from tests.shared import DATA, shared
 
 SAMPLES = [json.loads(line) for line in (DATA / "wire_samples.jsonl").read_text().splitlines()]
@@ -118,7 +118,7 @@ def test_a_real_event_of_a_published_test_set_decodes():
     for said in json.loads(shared("vectors/vllm_real_events.json").read_text())["events"].values():
         hashes = [int(h) for h in said["block_hashes"]]
         raw = ["BlockStored", hashes, None, said["token_ids"], 16, None, "GPU", said["lora_name"]]
-        (event,) = decode_batch(msgpack.packb([1.0, [raw], None])).events
+        (event,) = decode_batch(pack([1.0, [raw], None])).events
         assert isinstance(event, BlockStored)
         assert event.block_hashes.tolist() == hashes  # type: ignore[union-attr]  # ints, not bytes
         assert event.lora_name == said["lora_name"]
@@ -137,27 +137,27 @@ def test_events_nested_as_binary_are_read():
 def test_a_batch_may_be_a_map():
     """One revision of vLLM sent that."""
     body = {"ts": 2.5, "events": [["AllBlocksCleared"]], "data_parallel_rank": 3}
-    batch = decode_batch(msgpack.packb(body))
+    batch = decode_batch(pack(body))
     assert (batch.ts, batch.rank, batch.events) == (2.5, 3, [AllBlocksCleared()])
 
 
 def test_an_unknown_event_costs_nothing_but_itself():
     """A newer engine must not blind us to the events we know."""
-    batch = decode_batch(msgpack.packb([1.0, [["BlockRemoved", [1]], ["BlockMoved", 7]], None]))
+    batch = decode_batch(pack([1.0, [["BlockRemoved", [1]], ["BlockMoved", 7]], None]))
     assert [type(e) for e in batch.events] == [BlockRemoved]
     assert [(s.kind, s.is_known) for s in batch.skipped] == [("BlockMoved", False)]
 
 
 def test_a_known_event_with_bad_fields_is_told_from_an_unknown_one():
     """The first leaves a hole in what we know, the second does not."""
-    batch = decode_batch(msgpack.packb([1.0, [["BlockStored", [1], None, [-1], 1]], None]))
+    batch = decode_batch(pack([1.0, [["BlockStored", [1], None, [-1], 1]], None]))
     assert [(s.kind, s.is_known) for s in batch.skipped] == [("BlockStored", True)]
 
 
 def test_long_hashes_keep_every_byte():
     """Cut to 64 bits, one block's removal would take another one away."""
     hashes = [bytes([i]) * 32 for i in (1, 2)]
-    (event,) = decode_batch(msgpack.packb([1.0, [["BlockRemoved", hashes]], None])).events
+    (event,) = decode_batch(pack([1.0, [["BlockRemoved", hashes]], None])).events
     assert isinstance(event, BlockRemoved)
     assert event.block_hashes == hashes
 
@@ -177,15 +177,15 @@ def test_long_hashes_keep_every_byte():
         b"\x93\xcb" + bytes(8) + b"\x91" * 100_000 + b"\xc0",
         b"\xdd\x00\x10\x00\x00" * 200_000,  # each promises a mebi of values: 8 TB, believed
         pickle.dumps(["BlockStored"]),
-        msgpack.packb(7),
-        msgpack.packb([]),
-        msgpack.packb(["now", [], None]),
-        msgpack.packb([float("nan"), [], None]),
-        msgpack.packb([1.0, 7, None]),
-        msgpack.packb([1.0, [], -1]),
-        msgpack.packb([1.0, [], "rank"]),
-        msgpack.packb([1.0, [], None]) + b"\x00",
-        msgpack.packb([1.0, ["\ud800"], None], unicode_errors="surrogatepass"),
+        pack(7),
+        pack([]),
+        pack(["now", [], None]),
+        pack([float("nan"), [], None]),
+        pack([1.0, 7, None]),
+        pack([1.0, [], -1]),
+        pack([1.0, [], "rank"]),
+        pack([1.0, [], None]) + b"\x00",
+        b"\x93\xcb" + bytes(8) + b"\x91\xa3\xed\xa0\x80\xc0",
     ],
     ids=lambda p: f"{bytes(p[:8]).hex()}-{len(p)}",
 )
@@ -229,7 +229,7 @@ def test_junk_is_one_typed_error(payload):
 )
 def test_a_bad_event_is_skipped_and_its_neighbours_stay(event):
     """One bad event must not cost the batch, in either reader."""
-    payload = msgpack.packb([1.0, [["AllBlocksCleared"], event, ["BlockRemoved", [5]]], None])
+    payload = pack([1.0, [["AllBlocksCleared"], event, ["BlockRemoved", [5]]], None])
     batch = decode_batch(payload)
     assert [type(e) for e in batch.events] == [AllBlocksCleared, BlockRemoved]
     assert len(batch.skipped) == 1
@@ -267,7 +267,7 @@ events = stored_fields | removed_fields | st.just({"type": "AllBlocksCleared"})
 def test_kernel_agrees_with_the_library_on_any_batch(made, rank):
     """Both readers give the same records, and the same skips, for arrays and for maps."""
     raw = [list(event.values()) if is_array else event for event, is_array in made]
-    payload = msgpack.packb([1.25, raw, rank])
+    payload = pack([1.25, raw, rank])
     assert plain_batch(decode_batch(payload)) == plain_batch(decode_batch_by_library(payload))
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kvcore.events import AllBlocksCleared, BlockRemoved, EventBatch
-from kvcore.stream import Clear, Position, Stream, StreamLimits
+from kvcore.stream import Clear, Stream
+from kvcore.stream_state import Position, StreamLimits
 
 LIMITS = StreamLimits(max_attempts=3, retry_s=0.1, reply_timeout_s=1.0, probe_interval_s=5.0)
 
@@ -103,6 +104,7 @@ def test_a_restarted_engine_is_known_by_its_first_bytes(joined):
 
 def test_an_idle_restarted_engine_is_known_by_the_probe(joined):
     """A restarted engine that publishes nothing has a cold cache, and no last batch to show."""
+    steps = []
     for attempt in range(LIMITS.max_attempts):
         _, steps = replay(joined, [], 5.0 + attempt)
     assert applied(steps) == ["clear"]
@@ -141,6 +143,7 @@ def test_a_broken_connection_to_the_same_engine_costs_nothing(joined):
 def test_a_gap_older_than_the_buffer_costs_the_blocks(joined):
     """Removals may be among what is lost; what is left could be too much."""
     joined.receive(*message(9), 10.0)
+    steps = []
     for attempt in range(LIMITS.max_attempts):
         _, steps = replay(joined, [message(n) for n in (7, 8, 9)], 20.0 + attempt)
     assert applied(steps) == ["clear", 8.0, 9.0, 10.0]

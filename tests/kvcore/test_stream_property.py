@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvcore.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
-from kvcore.stream import Clear, Stream, StreamLimits
+from kvcore.stream import Clear, Stream
+from kvcore.stream_state import StreamLimits
 
 LIMITS = StreamLimits(
     max_held_batches=8,
