@@ -2,7 +2,8 @@
 
     KvError
     ├── InvalidInputError          the request cannot be scored as it stands
-    │   └── PromptTooLongError     more tokens or characters than the service accepts
+    │   ├── PromptTooLongError     more tokens or characters than the service accepts
+    │   └── ArrayError             an array of another dtype or shape; a bug in the caller
     ├── ModelError                 a model's tokenizer or template is not to be had
     ├── EventDecodeError           an engine's message is not an event batch
     ├── IndexUnavailableError      the index cannot answer now; route without it
@@ -29,6 +30,10 @@ class PromptTooLongError(InvalidInputError):
 
     def __str__(self) -> str:
         return f"prompt has {self.size:,} {self.unit}, the limit is {self.limit:,}"
+
+
+class ArrayError(InvalidInputError, TypeError):
+    """An array has another dtype, shape or layout than asked for: a bug in the caller."""
 
 
 class ModelError(KvError):

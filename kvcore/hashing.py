@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.errors import InvalidInputError
+from kvcore.errors import ArrayError, InvalidInputError
 from kvcore.kernels import xxh3
 
 Tokens = NDArray[np.uint32]
@@ -22,6 +22,7 @@ BlockKeys = NDArray[np.uint64]
 
 DEFAULT_SEED = 1337
 MAX_BLOCK_SIZE = 4096
+NO_EXTRAS: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
 
 def namespace_root(
@@ -45,8 +46,9 @@ def namespace_root(
 def hash_bytes(data: bytes, *, seed: int) -> int:
     """Return XXH3-64 of the length of ``data`` and ``data``, padded to whole 32-bit words."""
     padded = len(data).to_bytes(4, "little") + data + bytes(-len(data) % 4)
-    words = np.frombuffer(padded, dtype=np.uint32)
-    return int(xxh3.words_hash(words, 0, words.size, np.uint64(seed)))
+    words, out = np.frombuffer(padded, dtype=np.uint32), np.empty(1, dtype=np.uint64)
+    xxh3.digests(words, words.size, np.uint64(seed), out)
+    return int(out[0])
 
 
 def hash_blocks(
@@ -75,23 +77,35 @@ def hash_blocks(
 
     Raises:
         InvalidInputError: A value is out of its range.
-        TypeError: ``tokens`` is not a 1-D uint32 array, which is a bug in the caller.
+        ArrayError: ``tokens`` is not a 1-D uint32 array, which is a bug in the caller.
     """
     check_block_size(block_size)
     check_tokens(tokens)
     if not 0 <= seed < 1 << 64 or not 0 <= (root or 0) < 1 << 64:
         raise InvalidInputError("seed and root must be in [0, 2**64)")
     keys = np.empty(tokens.size // block_size, dtype=np.uint64)
-    xxh3.local_hashes(tokens, block_size, np.uint64(seed), keys)
-    for block, extra in (extras or {}).items():
-        if block < 0:
-            raise InvalidInputError(f"extra keys for block {block}")
-        if block >= keys.size:  # in the trailing partial block, which has no key
-            continue
-        digest = np.uint64(hash_bytes(extra, seed=seed))
-        keys[block] = xxh3.pair_hash(keys[block], digest, np.uint64(seed))
-    xxh3.chain_keys(keys, root is not None, np.uint64(root or 0), np.uint64(seed))
+    mixed_in = encode_extras(extras, keys.size, seed)
+    start = np.uint64(root or 0)
+    xxh3.chain_blocks(tokens, block_size, mixed_in, root is not None, start, np.uint64(seed), keys)
     return keys
+
+
+def encode_extras(
+    extras: Mapping[int, bytes] | None, n_blocks: int, seed: int
+) -> NDArray[np.uint64]:
+    """Return [2 * k] uint64: the number of each block with extra keys, and their digest.
+
+    Extras of the trailing partial block are left out: it has no key.
+
+    Raises:
+        InvalidInputError: A block number is negative.
+    """
+    if not extras:
+        return NO_EXTRAS
+    if min(extras) < 0:
+        raise InvalidInputError(f"extra keys for block {min(extras)}")
+    pairs = [(b, hash_bytes(extra, seed=seed)) for b, extra in extras.items() if b < n_blocks]
+    return np.array(pairs, dtype=np.uint64).reshape(-1)
 
 
 def check_block_size(block_size: int) -> None:
@@ -101,8 +115,8 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_tokens(tokens: Tokens) -> None:
-    """Raise TypeError unless ``tokens`` is a 1-D C-contiguous uint32 array."""
+    """Raise ArrayError unless ``tokens`` is a 1-D C-contiguous uint32 array."""
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint32 or tokens.ndim != 1:
-        raise TypeError("tokens must be a 1-D uint32 array")
+        raise ArrayError("tokens must be a 1-D uint32 array")
     if not tokens.flags.c_contiguous:
-        raise TypeError("tokens must be C-contiguous")
+        raise ArrayError("tokens must be C-contiguous")

@@ -1,31 +1,37 @@
-"""Which pod holds which KV block: exact, whatever the order of the events."""
+"""Which pod holds which KV block: exact for every block, whatever the order of the events.
 
-import base64
-import json
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+DESIGN
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.errors import InvalidInputError, SnapshotError
-from kvcore.hashing import DEFAULT_SEED, BlockKeys, Tokens, check_block_size, hash_blocks
+from kvcore import event_run, index_check, index_snapshot
+from kvcore.engine_hashes import NO_WIDE, EngineHash, EngineHashes, decode, encode
+from kvcore.errors import InvalidInputError
+from kvcore.event_run import EventRun
+from kvcore.eviction import Budget
+from kvcore.hashing import (
+    DEFAULT_SEED,
+    BlockKeys,
+    Tokens,
+    check_block_size,
+    check_tokens,
+    encode_extras,
+    hash_blocks,
+)
+from kvcore.holders import Holder, Holders, Scope
+from kvcore.index_memory import Memory
+from kvcore.kernels import events, lookup
+from kvcore.kernels import memory as m
+from kvcore.waiting import WaitingArea, WaitingRun
 
-EngineHash = int | bytes
-MAX_HASH_BYTES = 32
-
-
-class Holder(NamedTuple):
-    """Where a copy of a block is: one tier of one data-parallel rank of a pod, per cache group."""
-
-    pod: str
-    rank: int
-    tier: str
-    group: int
+MIN_CAPACITY_BYTES = 1 << 16
 
 
 class StoreResult(NamedTuple):
@@ -38,25 +44,30 @@ class StoreResult(NamedTuple):
 
 
 class HolderStats(NamedTuple):
-    """Counters of one holder."""
+    """Counters of one holder; the last two make it partial, and start again when it is cleared."""
 
     holder: Holder
     blocks: int  # distinct blocks held
     copies: int  # copies held, at least ``blocks``
     waiting: int  # blocks that wait for their parent
-    dropped: int  # blocks dropped from the waiting area because it was full
+    dropped: int  # blocks that no longer wait because the waiting area was full
     evicted: int  # blocks evicted to stay within the byte budget
 
 
-class _Waiting(NamedTuple):
-    holder: int
-    hashes: list[EngineHash]
-    parent: EngineHash
-    keys_of: tuple  # tokens, block_size, extras
-
-
 class BlockIndex:
-    """All blocks of all pods (v1: plain dictionaries)."""
+    """Every block that every holder has, within a byte budget.
+
+    One writer at a time, and no reader beside it. Memory is reserved for the budget at once and
+    used as blocks come.
+
+    Args:
+        capacity_bytes: Beyond it, the least recent blocks of the biggest pod are evicted.
+        max_waiting_blocks: Bound of what waits for a parent.
+        seed: Of the block keys.
+
+    Raises:
+        InvalidInputError: A limit is out of range.
+    """
 
     def __init__(
         self,
@@ -65,51 +76,30 @@ class BlockIndex:
         max_waiting_blocks: int = 65_536,
         seed: int = DEFAULT_SEED,
     ) -> None:
-        self.capacity_bytes, self.max_waiting_blocks, self.seed = (
-            capacity_bytes,
-            max_waiting_blocks,
-            seed,
-        )
-        self._ids: dict[Holder, int] = {}
-        self._holders: dict[int, Holder] = {}
-        self._windows: dict[tuple[str, int, int], int | None] = {}
-        self._keys: dict[tuple[str, int, int], dict[EngineHash, int]] = {}
-        self._copies: dict[int, Counter[EngineHash]] = {}
-        self._held: dict[int, Counter[int]] = {}
-        self._waiting: list[_Waiting] = []
-        self._dropped: Counter[int] = Counter()
+        if capacity_bytes < MIN_CAPACITY_BYTES or max_waiting_blocks < 0 or not 0 <= seed < 1 << 64:
+            raise InvalidInputError("capacity_bytes, max_waiting_blocks or seed is out of range")
+        self.seed = seed
+        self.memory = Memory(capacity_bytes, seed)
+        self.members = Holders(self.memory)
+        self.budget = Budget(self.memory, self.members, capacity_bytes)
+        self.waiting = WaitingArea(max_waiting_blocks)
+        self.windows: dict[Scope, int | None] = {}
+        self._header, self._address = self.memory.header, self.memory.address
 
     def holder(self, pod: str, rank: int = 0, tier: str = "gpu", group: int = 0) -> int:
-        """Return the id of a holder, new or known.
+        """Return the id of a holder, new or known. Tiers are compared in lower case.
 
         Raises:
-            InvalidInputError: ``rank`` or ``group`` is negative or beyond 2**31.
+            InvalidInputError: ``rank`` or ``group`` is out of range, or there are too many holders.
         """
         if not (0 <= rank < 1 << 31 and 0 <= group < 1 << 31):
             raise InvalidInputError(f"rank {rank} or group {group} is out of range")
-        name = Holder(pod, rank, tier.lower(), group)
-        if name not in self._ids:
-            number = next(i for i in range(len(self._ids) + 1) if i not in self._holders)
-            self._ids[name], self._holders[number] = number, name
-            self._copies[number], self._held[number] = Counter(), Counter()
-        return self._ids[name]
-
-    def _scope(self, holder: int) -> dict[EngineHash, int]:
-        if holder not in self._holders:
-            raise InvalidInputError(f"no holder has the id {holder}")
-        pod, rank, _, group = self._holders[holder]
-        return self._keys.setdefault((pod, rank, group), {})
-
-    def _siblings(self, holder: int) -> list[int]:
-        pod, rank, _, group = self._holders[holder]
-        return [
-            i for i, h in self._holders.items() if (h.pod, h.rank, h.group) == (pod, rank, group)
-        ]
+        return self.members.id_of(Holder(pod, rank, tier.lower(), group))
 
     def store(
         self,
         holder: int,
-        hashes: Sequence[int] | Sequence[bytes] | NDArray,
+        hashes: EngineHashes,
         parent: EngineHash | None,
         tokens: Tokens,
         *,
@@ -120,241 +110,266 @@ class BlockIndex:
         """Add one copy of each block of a run that follows ``parent``.
 
         Fewer hashes than blocks are the hashes of the last ones: an engine does not name the
-        blocks that a sliding window has left behind.
+        blocks that a sliding window has left behind. A hash that named another block of the same
+        pod, rank and group names this one from now on; the copies of the other are dropped.
 
         Args:
             holder: From `holder`.
             hashes: The engine's name of each block: 64-bit ints of either sign, or bytes (≤ 32).
-            parent: Engine hash of the block before; None is the start of a chain.
-            tokens: [n_blocks * block_size] uint32.
-            block_size: Tokens per block.
+            parent: Engine hash of the block before; None is the start of a chain. Blocks whose
+                parent is unknown wait for it.
+            tokens: [n_blocks * block_size] uint32, C-contiguous.
+            block_size: Tokens per block, 1..4096.
             root: Namespace of a chain that starts here; unused where there is a parent.
-            extras: Block number -> bytes, as in `hash_blocks`.
+            extras: Block number in this run -> bytes, as in `hash_blocks`.
 
         Raises:
             InvalidInputError: A value is out of range, or the tokens do not fit the hashes.
         """
-        scope = self._scope(holder)
-        names = _names(hashes)
-        check_block_size(block_size)
-        local = hash_blocks(tokens, block_size=block_size, extras=extras, seed=self.seed)
-        if tokens.size % block_size or local.size < len(names):
-            raise InvalidInputError(
-                f"{len(names)} hashes of {block_size} tokens do not fit {tokens.size} tokens"
-            )
-        before = None if parent is None else _name(parent)
-        if before is not None and before not in scope:
-            kept = (tokens.copy(), block_size, dict(extras or {}))
-            self._waiting.append(_Waiting(holder, names, before, kept))
-            self._shed()
-            return StoreResult(0, len(names), 0, 0)
-        start = root if before is None else scope[before]
-        keys = hash_blocks(
-            tokens, block_size=block_size, root=start, extras=extras, seed=self.seed
-        ).tolist()
-        replaced = self._place(holder, names, keys[len(keys) - len(names) :])
-        joined = self._join()
-        return StoreResult(len(names), 0, joined, replaced)
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        before, wide_before = encode(() if parent is None else (parent,))
+        n_blocks = _count_blocks(tokens, block_size, names.size)
+        if root is not None and not 0 <= root < 1 << 64:
+            raise InvalidInputError("root must be in [0, 2**64)")
+        if not names.size:
+            return StoreResult(0, 0, 0, 0)
+        if wide.size:
+            self.memory.use_wide_names()
+        kind, value = events.NO_PARENT, np.uint64(0)
+        if parent is not None:
+            kind, value = events.PARENT, before[0]
+        elif root is not None:
+            kind, value = events.ROOT, np.uint64(root)
+        keys = np.empty(n_blocks, dtype=np.uint64)
+        done = events.store(
+            self._address,
+            bit,
+            tokens,
+            block_size,
+            encode_extras(extras, n_blocks, self.seed),
+            names,
+            wide,
+            kind,
+            value,
+            wide_before,
+            keys,
+        )
+        if done < 0:
+            scope, (known,) = self.members.names[holder].scope, decode(before, wide_before)
+            kept = tokens.copy(), block_size, dict(extras or {})
+            self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
+            return StoreResult(0, names.size, 0, 0)
+        self.store_rest(bit, names, wide, keys[n_blocks - names.size :], done)
+        joined = self._join(self.members.names[holder].scope, decode(names, wide)) if self.waiting.runs else 0
+        return StoreResult(names.size, 0, joined, self.settle(names.size))
 
-    def _place(self, holder: int, names: list[EngineHash], keys: list[int]) -> int:
-        scope, replaced = self._scope(holder), 0
-        for name, key in zip(names, keys, strict=True):
-            if scope.get(name, key) != key:
-                replaced += 1
-                for sibling in self._siblings(holder):
-                    while self._take(sibling, name):
-                        pass
-            scope[name] = key
-            self._copies[holder][name] += 1
-            if self._copies[holder][name] == 1:
-                self._held[holder][key] += 1
-        return replaced
-
-    def _join(self) -> int:
-        joined, again = 0, True
-        while again:
-            again = False
-            for entry in self._waiting:
-                scope = self._scope(entry.holder)
-                if entry.parent in scope:
-                    self._waiting.remove(entry)
-                    tokens, block_size, extras = entry.keys_of
-                    keys = hash_blocks(
-                        tokens,
-                        block_size=block_size,
-                        root=scope[entry.parent],
-                        extras=extras,
-                        seed=self.seed,
-                    ).tolist()
-                    pairs = keys[len(keys) - len(entry.hashes) :]
-                    live = [
-                        (n, k) for n, k in zip(entry.hashes, pairs, strict=True) if n is not None
-                    ]
-                    self._place(entry.holder, [n for n, _ in live], [k for _, k in live])
-                    joined += len(live)
-                    again = True
-                    break
-        return joined
-
-    def _shed(self) -> None:
-        while sum(len(e.hashes) for e in self._waiting) > self.max_waiting_blocks:
-            oldest = self._waiting.pop(0)
-            self._dropped[oldest.holder] += len(oldest.hashes)
-
-    def store_known(self, holder: int, hashes: Sequence[int] | Sequence[bytes] | NDArray) -> int:
+    def store_known(self, holder: int, hashes: EngineHashes) -> int:
         """Add one copy of blocks named without tokens; return how many names are unknown.
 
-        Offloading connectors announce blocks by the engine's hash alone; the name is looked up
-        among the blocks of the same pod, rank and group.
+        Offloading connectors announce blocks by the engine's hash alone; it is looked up among
+        the blocks of the same pod, rank and group.
         """
-        scope, unknown = self._scope(holder), 0
-        for name in _names(hashes):
-            if name in scope:
-                self._place(holder, [name], [scope[name]])
-            else:
-                unknown += 1
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        unknown = self.run(events.store_known, bit, names, wide)
+        self.settle(names.size)
         return unknown
 
-    def remove(self, holder: int, hashes: Sequence[int] | Sequence[bytes] | NDArray) -> int:
-        """Take one copy of each block away; return how many hashes the holder did not have."""
-        self._scope(holder)
-        return sum(not (self._take(holder, n) or self._unwait(holder, n)) for n in _names(hashes))
+    def remove(self, holder: int, hashes: EngineHashes) -> int:
+        """Take one copy of each block away; return how many hashes the holder did not have.
 
-    def _take(self, holder: int, name: EngineHash) -> bool:
-        scope, copies, held = self._scope(holder), self._copies[holder], self._held[holder]
-        if name not in copies:
-            return False
-        copies[name] -= 1
-        if not copies[name]:
-            del copies[name]
-            key = scope[name]
-            held[key] -= 1
-            if not held[key]:
-                del held[key]
-            if not any(name in self._copies[s] for s in self._siblings(holder)):
-                del scope[name]
-        return True
+        A block that waits for its parent is taken out of the waiting area.
+        """
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        if not self.waiting.runs:
+            unknown = self.run(events.remove, bit, names, wide)
+        else:
+            unknown = 0
+            for i, name in enumerate(decode(names, wide)):
+                one = names[i : i + 1], wide[m.WIDE_WORDS * i : m.WIDE_WORDS * (i + 1)]
+                if self.run(events.remove, bit, *one):
+                    unknown += not self.waiting.cancel(holder, name)
+        self.settle(0)
+        return unknown
 
-    def _unwait(self, holder: int, name: EngineHash) -> bool:
-        for entry in self._waiting:
-            if entry.holder == holder and name in entry.hashes:
-                entry.hashes[entry.hashes.index(name)] = None  # type: ignore[call-overload]  # v1
-                return True
-        return False
+    def apply(self, run: EventRun, *, block_size: int) -> int:
+        """Apply many events in order, as `store` and `remove` would; return the unknown removals.
 
-    def _drop(self, holder: int) -> int:
-        scope, blocks = self._scope(holder), len(self._held[holder])
-        names = list(self._copies[holder])
-        self._copies[holder], self._held[holder] = Counter(), Counter()
-        siblings = self._siblings(holder)
-        for name in names:
-            if not any(name in self._copies[s] for s in siblings):
-                del scope[name]
-        self._waiting = [e for e in self._waiting if e.holder != holder]
-        return blocks
+        Raises:
+            InvalidInputError: The arrays do not fit each other; nothing is applied.
+        """
+        return event_run.apply(self, run, block_size)
+
+    def run(self, kernel: Callable, bit: int, names: BlockKeys, wide: NDArray[np.uint64]) -> int:
+        """Run a kernel over names until its end, growing tables; return the unknown names."""
+        done = 0
+        while (done := kernel(self._address, bit, names, wide, done)) < names.size:
+            self.make_room()
+        unknown = self._header.item(m.UNKNOWN)
+        self._header[m.UNKNOWN] = 0
+        return unknown
+
+    def store_rest(
+        self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], keys: BlockKeys, done: int
+    ) -> None:
+        while done < names.size:
+            self.make_room()
+            done = events.store_rest(self._address, bit, keys, names, wide, done)
+
+    def make_room(self) -> None:
+        for table in m.TABLES:
+            while not self.memory.make_room(table, 4):
+                self.budget.evict()
+
+    def _join(self, scope: Scope, names: list[EngineHash]) -> int:
+        """Place the runs that waited for these names, and those that waited for them."""
+        joined, area = 0, self.waiting
+        ready = [number for name in names for number in area.children(scope, name)]
+        heapq.heapify(ready)
+        while ready:
+            number = heapq.heappop(ready)
+            run = area.runs.get(number)
+            row = run and self._resolve(run.scope, run.parent)
+            if not run or not row:
+                continue
+            area.take(number)
+            key = int(self.memory.rows(m.BLOCKS)[row, 0])
+            keys = hash_blocks(
+                run.tokens,
+                block_size=run.block_size,
+                root=key,
+                extras=run.extras,
+                seed=self.seed,
+            )[-len(run.names) :]
+            left = [name for name in run.names if name is not None]
+            names, wide = encode(left)  # type: ignore[arg-type]  # all ints, or all bytes
+            self._header[m.LAST_ROW] = row
+            chosen = keys[[name is not None for name in run.names]]
+            self.store_rest(self.members.bit(run.holder), names, wide, chosen, 0)
+            joined += len(left)
+            for name in left:
+                for child in area.children(run.scope, name):
+                    heapq.heappush(ready, child)
+        return joined
+
+    def _resolve(self, scope: Scope, name: EngineHash) -> int:
+        """Return the row of the block that a scope calls ``name``, or 0."""
+        names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
+        return events.resolve(self._address, self.members.scopes[scope], names[0], wide)
+
+    def settle(self, n_blocks: int) -> int:
+        """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
+        if self.members.dead_bits:
+            self.members.sweep()
+        self.memory.release_old()
+        self.budget.blocks_until_check -= n_blocks
+        if self.budget.blocks_until_check < 0:
+            self.budget.check()
+        replaced = self._header.item(m.REPLACED)
+        if replaced:
+            self._header[m.REPLACED] = 0
+        return replaced
 
     def clear_pod(self, pod: str, rank: int | None = None) -> int:
-        """Drop all blocks of a pod, or of one rank of it; return how many it held."""
-        return sum(
-            self._drop(i)
-            for i, h in self._holders.items()
-            if h.pod == pod and rank in (None, h.rank)
-        )
+        """Drop all blocks of a pod, or of one rank of it; return how many it held.
+
+        Its members get new bits, and the old ones no longer count: that takes microseconds. Later
+        operations purge the rows, some of them each.
+        """
+        dropped = 0
+        for scope in self._scopes_of(pod, rank):
+            for holder in self.members.of_scope(scope):
+                self.waiting.clear(holder)
+            dropped += self.members.renew(scope)
+        self.settle(0)
+        return dropped
 
     def drop_pod(self, pod: str) -> int:
-        """Drop a pod that is gone for good, and its holder ids; return how many blocks it held."""
-        blocks = self.clear_pod(pod)
-        for number, name in list(self._holders.items()):
-            if name.pod == pod:
-                del self._holders[number], self._ids[name]
-                del self._copies[number], self._held[number], self._dropped[number]
-        self._keys = {k: v for k, v in self._keys.items() if k[0] != pod}
-        self._windows = {k: v for k, v in self._windows.items() if k[0] != pod}
-        return blocks
+        """Drop a pod that is gone for good, with its holder ids; return how many blocks it held."""
+        dropped = self.clear_pod(pod)
+        for scope in self._scopes_of(pod, None):
+            self.members.forget(scope)
+            self.windows.pop(scope, None)
+        return dropped
+
+    def _scopes_of(self, pod: str, rank: int | None) -> list[Scope]:
+        return [s for s in self.members.scopes if s[0] == pod and rank in (None, s[1])]
 
     def set_window(self, pod: str, rank: int, group: int, window_blocks: int | None) -> None:
         """Declare a group's attention: its last ``window_blocks`` before a hit's end must be held.
 
         None, and every group that was not declared, is full attention: all blocks must be held.
+
+        Raises:
+            InvalidInputError: ``window_blocks`` is below 1.
         """
         if window_blocks is not None and window_blocks < 1:
             raise InvalidInputError(f"a window has at least 1 block, got {window_blocks}")
-        self._windows[pod, rank, group] = window_blocks
+        self.windows[pod, rank, group] = window_blocks
 
-    def window(self, pod: str, rank: int, group: int) -> int | None:
-        """Return what `set_window` declared."""
-        return self._windows.get((pod, rank, group))
+    def window(self, scope: Scope) -> int | None:
+        """Return what `set_window` declared for (pod, rank, group)."""
+        return self.windows.get(scope)
+
+    def match(self, keys: BlockKeys) -> NDArray[np.int32]:
+        """Return the scopes that hold the first block, and how many leading blocks each one holds.
+
+        This is the hot path: arrays, no object per pod. A scope is (pod, rank, group), held by
+        any of its tiers; `scopes` gives the names.
+
+        Args:
+            keys: The prompt's block keys [n_blocks] uint64, a chain from `hash_blocks`.
+
+        Returns:
+            [2, n_scopes] int32: scope numbers, blocks; the shortest first.
+        """
+        out = np.empty((2, self.members.n_bits), dtype=np.int32)
+        return out[:, : lookup.match(self._address, keys, out)]
+
+    def scopes(self) -> dict[int, Scope]:
+        """Return (pod, rank, group) by the number that `match` uses; a clear changes it."""
+        return {bit: scope for scope, bit in self.members.scopes.items()}
 
     def holders(self) -> dict[int, Holder]:
-        """Return every holder by id."""
-        return dict(self._holders)
+        """Return every holder by its id."""
+        return dict(self.members.names)
 
     def presence(self, keys: BlockKeys, holders: Iterable[int]) -> NDArray[np.bool_]:
         """Tell which holder holds which block: [n_holders, n_keys]."""
-        names = keys.tolist()
-        rows = [[key in self._held[h] for key in names] for h in holders]
-        return np.array(rows, dtype=np.bool_).reshape(len(rows), keys.size)
-
-    def match(self, keys: BlockKeys) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return the holders of the first block, and how many leading blocks each one holds."""
-        holders = [h for h in self._holders if keys.size and int(keys[0]) in self._held[h]]
-        seen = self.presence(keys, holders)
-        blocks = np.where(seen.all(axis=1), keys.size, seen.argmin(axis=1) if keys.size else 0)
-        return np.array(holders, dtype=np.int32), blocks.astype(np.int32)
+        bits = np.array([self.members.bit(h) for h in holders], dtype=np.int64)
+        out = np.empty((bits.size, keys.size), dtype=np.bool_)
+        lookup.presence(self._address, keys, bits, out)
+        return out
 
     def holder_stats(self) -> list[HolderStats]:
         """Return the counters of every holder."""
-        waiting = Counter({h: 0 for h in self._holders})
-        for entry in self._waiting:
-            waiting[entry.holder] += sum(n is not None for n in entry.hashes)
-        return [
-            HolderStats(
-                name,
-                len(self._held[i]),
-                self._copies[i].total(),
-                waiting[i],
-                self._dropped[i],
-                0,
-            )
-            for i, name in sorted(self._holders.items())
-        ]
+        waiting = dict.fromkeys(self.members.names, 0)
+        for run in self.waiting.runs.values():
+            waiting[run.holder] += run.n_blocks()
+        stats = []
+        for number, name in sorted(self.members.names.items()):
+            row = self.memory.members[self.members.bits[number]].tolist()
+            lost = self.waiting.dropped.get(number, 0), row[m.EVICTED]
+            stats.append(HolderStats(name, row[m.HELD], row[m.COPIES], waiting[number], *lost))
+        return stats
+
+    def size_bytes(self) -> int:
+        """Return the bytes in use, which ``capacity_bytes`` bounds."""
+        return self.memory.size_bytes()
 
     def check(self) -> None:
-        """Verify every invariant; for tests. Raises AssertionError."""
-        for i in self._holders:
-            scope = self._scope(i)
-            held = Counter(scope[n] for n in self._copies[i])
-            assert held == self._held[i]  # noqa: S101  # check() is what asserts
+        """Verify every invariant in O(size); for tests.
+
+        Raises:
+            AssertionError: The first one that is broken.
+        """
+        index_check.check(self)
 
     def snapshot(self, path: str | PathLike) -> None:
-        """Write the whole state to a file."""
-        body = json.dumps(
-            {
-                "seed": self.seed,
-                "holders": [[i, *h] for i, h in self._holders.items()],
-                "windows": [[*k, w] for k, w in self._windows.items()],
-                "keys": [
-                    [*k, [[_dump(n), v] for n, v in d.items()]] for k, d in self._keys.items()
-                ],
-                "copies": [
-                    [i, [[_dump(n), c] for n, c in d.items()]] for i, d in self._copies.items()
-                ],
-                "waiting": [
-                    [
-                        e.holder,
-                        [_dump(n) for n in e.hashes],
-                        _dump(e.parent),
-                        e.keys_of[0].tolist(),
-                        e.keys_of[1],
-                        [[b, _dump(x)] for b, x in e.keys_of[2].items()],
-                    ]
-                    for e in self._waiting
-                ],
-                "dropped": list(self._dropped.items()),
-            }
-        ).encode()
-        head = b"kvatlas index 0\n" + zlib.crc32(body).to_bytes(4, "little")
-        Path(path).write_bytes(head + body)
+        """Write everything to a file, which takes the place of an older one at once."""
+        index_snapshot.write(self, path)
 
     @classmethod
     def restore(
@@ -369,62 +384,17 @@ class BlockIndex:
         Raises:
             SnapshotError: The file is foreign, damaged or of another version.
         """
-        try:
-            data = Path(path).read_bytes()
-        except OSError as exc:
-            raise SnapshotError(f"cannot read the snapshot: {exc}") from exc
-        if data[:16] != b"kvatlas index 0\n":
-            raise SnapshotError("not a snapshot of this version")
-        if zlib.crc32(data[20:]).to_bytes(4, "little") != data[16:20]:
-            raise SnapshotError("the snapshot is damaged")
-        state = json.loads(data[20:])
-        index = cls(
-            capacity_bytes=capacity_bytes,
-            max_waiting_blocks=max_waiting_blocks,
-            seed=state["seed"],
+        return index_snapshot.read(
+            cls, path, capacity_bytes=capacity_bytes, max_waiting_blocks=max_waiting_blocks
         )
-        index._holders = {i: Holder(*h) for i, *h in state["holders"]}
-        index._ids = {h: i for i, h in index._holders.items()}
-        index._windows = {(p, r, g): w for p, r, g, w in state["windows"]}
-        index._keys = {(p, r, g): {_load(n): v for n, v in d} for p, r, g, d in state["keys"]}
-        index._copies = {i: Counter({_load(n): c for n, c in d}) for i, d in state["copies"]}
-        for i in index._holders:
-            scope = index._scope(i)
-            index._held[i] = Counter(scope[n] for n in index._copies[i])
-        index._waiting = [
-            _Waiting(
-                h,
-                [_load(n) for n in names],
-                _load(p),
-                (np.array(t, dtype=np.uint32), b, {k: _load(x) for k, x in extras}),
-            )
-            for h, names, p, t, b, extras in state["waiting"]
-        ]
-        index._dropped = Counter(dict(state["dropped"]))
-        return index
 
 
-def _dump(name):
-    return base64.b64encode(name).decode() if isinstance(name, bytes) else name
-
-
-def _load(name):
-    return base64.b64decode(name) if isinstance(name, str) else name
-
-
-def _name(name: EngineHash) -> EngineHash:
-    if isinstance(name, bytes):
-        if len(name) > MAX_HASH_BYTES:
-            raise InvalidInputError(f"an engine hash has at most 32 bytes, got {len(name)}")
-        return name
-    if not -(1 << 63) <= name < 1 << 64:
-        raise InvalidInputError(f"engine hash {name} does not fit 64 bits")
-    return name & 0xFFFF_FFFF_FFFF_FFFF
-
-
-def _names(hashes: Sequence[int] | Sequence[bytes] | NDArray) -> list[EngineHash]:
-    if isinstance(hashes, np.ndarray):
-        if hashes.ndim != 1 or hashes.dtype not in (np.uint64, np.int64):
-            raise InvalidInputError("engine hashes must be a 1-D array of 64-bit ints")
-        return [_name(n) for n in hashes.tolist()]
-    return [_name(n) for n in hashes]
+def _count_blocks(tokens: Tokens, block_size: int, n_hashes: int) -> int:
+    check_block_size(block_size)
+    check_tokens(tokens)
+    n_blocks, rest = divmod(tokens.size, block_size)
+    if rest or n_hashes > n_blocks:
+        raise InvalidInputError(
+            f"{n_hashes} hashes of blocks of {block_size} tokens do not fit {tokens.size} tokens"
+        )
+    return n_blocks

@@ -45,7 +45,7 @@ def score(
         seen = index.presence(keys, [number for number, _ in holders])
         groups = sorted({h.group for _, h in holders})
         union = {g: seen[[h.group == g for _, h in holders]].any(axis=0) for g in groups}
-        windows = {g: index.window(pod, rank, g) for g in groups}
+        windows = {g: index.window((pod, rank, g)) for g in groups}
         end = hit_end(union, windows, keys.size)
         if not end:
             continue

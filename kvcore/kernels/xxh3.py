@@ -9,9 +9,11 @@ sign in.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
+
+from kvcore.kernels.memory import entry, inner, pointer32, pointer64
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
@@ -22,11 +24,11 @@ _SECRET = bytes.fromhex(
 # The 64-bit word at every byte offset: the middle and long paths read the secret unaligned.
 _S = np.array([int.from_bytes(_SECRET[o : o + 8], "little") for o in range(185)], dtype=np.uint64)
 
-WORDS = types.Array(types.uint32, 1, "C", readonly=True)  # read-only arrays come from Ray
+TOKENS = types.Array(types.uint32, 1, "C", readonly=True)  # read-only arrays come from Ray
 KEYS = types.Array(types.uint64, 1, "C", readonly=True)
 OUT = types.uint64[::1]
-_U = types.uint64
-_I = types.int64
+WORDS = types.CPointer(types.uint32)
+_U, _I, _B, _KEYS = types.uint64, types.int64, types.boolean, types.CPointer(types.uint64)
 
 _P32_1, _P32_2, _P32_3 = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77), np.uint64(0xC2B2AE3D)
 _P64_1, _P64_2 = np.uint64(0x9E3779B185EBCA87), np.uint64(0xC2B2AE3D27D4EB4F)
@@ -65,38 +67,38 @@ def _byteswap(_context, a):
     return types.uint64(types.uint64), build
 
 
-@njit(_U(_U), nogil=True)
+@inner(_U(_U))
 def _avalanche(h):
     h = (h ^ (h >> _37)) * _MX1
     return h ^ (h >> _32)
 
 
-@njit(_U(WORDS, _I), nogil=True)
+@inner(_U(WORDS, _I))
 def _read(words, i):
     return np.uint64(words[i]) | (np.uint64(words[i + 1]) << _32)
 
 
-@njit(_U(WORDS, _I, _I, _U), nogil=True)
+@inner(_U(WORDS, _I, _I, _U))
 def _mix16(words, i, secret, seed):
     return _fold(
         _read(words, i) ^ (_S[secret] + seed), _read(words, i + 2) ^ (_S[secret + 8] - seed)
     )
 
 
-@njit(_U(_I, _U), nogil=True)
+@inner(_U(_I, _U))
 def _seeded(word, seed):
     """Return word ``word`` of the secret that the long path derives from the seed."""
     return _S[8 * word] - seed if word & 1 else _S[8 * word] + seed
 
 
-@njit(_U(_I, _U), nogil=True)
+@inner(_U(_I, _U))
 def _seeded_at(offset, seed):
     shift = np.uint64(8 * (offset & 7))
     word = offset >> 3
     return (_seeded(word, seed) >> shift) | (_seeded(word + 1, seed) << (_64 - shift))
 
 
-@njit(_U(WORDS, _I, _I, _U), nogil=True)
+@inner(_U(WORDS, _I, _I, _U))
 def _hash_long(words, start, n, seed):
     """More than 240 bytes: eight lanes over stripes of 64 bytes, mixed after every KiB."""
     acc = np.array((_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1))
@@ -123,7 +125,7 @@ def _hash_long(words, start, n, seed):
     return _avalanche(h)
 
 
-@njit(_U(WORDS, _I, _I, _U), nogil=True)
+@inner(_U(WORDS, _I, _I, _U))
 def _hash_mid(words, start, n, seed):
     """17 to 240 bytes."""
     h = np.uint64(4 * n) * _P64_1
@@ -145,20 +147,20 @@ def _hash_mid(words, start, n, seed):
     return _avalanche(h + _mix16(words, end - 4, 119, seed))
 
 
-@njit(_U(_U, _U, _U, _U), nogil=True)
+@inner(_U(_U, _U, _U, _U))
 def _hash_9_to_16(first, last, n_bytes, seed):
     low = first ^ ((_S[24] ^ _S[32]) + seed)
     high = last ^ ((_S[40] ^ _S[48]) - seed)
     return _avalanche(n_bytes + _byteswap(low) + high + _fold(low, high))
 
 
-@njit(_U(_U, _U, _U), nogil=True)
+@inner(_U(_U, _U, _U))
 def pair_hash(first, second, seed):
     """Return XXH3-64 of ``first ‖ second`` as little-endian 64-bit words."""
     return _hash_9_to_16(first, second, _16, seed)
 
 
-@njit(_U(WORDS, _I, _I, _U), nogil=True)
+@inner(_U(WORDS, _I, _I, _U))
 def words_hash(words, start, n, seed):
     """Return XXH3-64 of the ``4 * n`` bytes from word ``start`` on; ``n`` is at least 1. O(n)."""
     if n > 60:
@@ -178,17 +180,33 @@ def words_hash(words, start, n, seed):
     return h ^ (h >> _28)
 
 
-@njit(types.void(WORDS, _I, _U, OUT), nogil=True)
-def local_hashes(words, block_size, seed, out):
-    """Fill ``out[i]`` with the hash of block ``i`` alone; words [>= out.size * block_size]."""
-    for block in range(out.size):
-        out[block] = words_hash(words, block * block_size, block_size, seed)
+@inner(types.void(WORDS, _I, _KEYS, _I, _B, _U, _U, _KEYS, _I))
+def chain(words, block_size, extras, n_extras, has_parent, parent, seed, keys, n):
+    """Fill ``keys[:n]`` with chained keys; without a parent the first local hash stands.
 
-
-@njit(types.void(OUT, types.boolean, _U, _U), nogil=True)
-def chain_keys(local, has_parent, parent, seed):
-    """Turn local hashes into chained keys, in place; without a parent the first one stands."""
+    extras [2 * n_extras]: the number of a block, the digest of its extra keys.
+    """
+    for block in range(n):
+        keys[block] = words_hash(words, block * block_size, block_size, seed)
+    for i in range(0, 2 * n_extras, 2):
+        block = np.int64(extras[i])
+        keys[block] = pair_hash(keys[block], extras[i + 1], seed)
     key = parent
-    for block in range(local.size):
-        key = pair_hash(key, local[block], seed) if has_parent or block else local[block]
-        local[block] = key
+    for block in range(n):
+        key = pair_hash(key, keys[block], seed) if has_parent or block else keys[block]
+        keys[block] = key
+
+
+@entry(types.void(TOKENS, _I, KEYS, _B, _U, _U, OUT))
+def chain_blocks(tokens, block_size, extras, has_parent, parent, seed, keys):
+    """Be `chain` for Python; tokens [>= keys.size * block_size]."""
+    words, pairs = pointer32(tokens.ctypes.data), pointer64(extras.ctypes.data)
+    out, n = pointer64(keys.ctypes.data), keys.size
+    chain(words, block_size, pairs, extras.size // 2, has_parent, parent, seed, out, n)
+
+
+@entry(types.void(TOKENS, _I, _U, OUT))
+def digests(words, size, seed, out):
+    """Fill ``out[i]`` with the hash of the i-th group of ``size`` words."""
+    for i in range(out.size):
+        out[i] = words_hash(pointer32(words.ctypes.data), i * size, size, seed)
