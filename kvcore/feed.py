@@ -101,9 +101,7 @@ class Feed:
         self._note_attention(event)
         if event.is_bigram:
             self._doubt("EAGLE token pairs: a block also depends on the token after it")
-        root, extras = None, None
-        if event.extra_keys is not None or event.parent_block_hash is None:
-            root, extras = self._namespace(event)
+        root, extras = self._namespace(event)
         result = self._index.store(
             holder,
             event.block_hashes,
@@ -154,7 +152,9 @@ class Feed:
         adapter = event.lora_name
         if adapter is None and event.lora_id is not None:
             adapter = str(event.lora_id)  # engines before lora_name
-        keys = [[k for k in block or () if k != adapter] for block in event.extra_keys or ()]
+        keys: list[list[str]] = []
+        if event.extra_keys and any(event.extra_keys):
+            keys = [[k for k in block or () if k != adapter] for block in event.extra_keys]
         if event.parent_block_hash is not None:
             return None, _extras(keys)
         salt = event.cache_salt
@@ -181,7 +181,7 @@ def block_extra(keys: Sequence[str]) -> bytes:
 
 
 def _extras(keys: list[list[str]]) -> dict[int, bytes] | None:
-    return {i: block_extra(block) for i, block in enumerate(keys) if block} or None
+    return {i: block_extra(block) for i, block in enumerate(keys) if block} if keys else None
 
 
 def _take_salt(keys: list[list[str]]) -> str | None:

@@ -149,7 +149,9 @@ class Index:
     def hit(self, pod: str, rank: int, keys: Sequence[int]) -> int:
         """Longest hit that every group of a rank can serve: tries every end."""
         groups = {h.scope for h in self.copies if (h.pod, h.rank) == (pod, rank)}
-        held = {g: set().union(*(self.held(h) for h in self.copies if h.scope == g)) for g in groups}
+        held = {
+            g: set().union(*(self.held(h) for h in self.copies if h.scope == g)) for g in groups
+        }
         for end in range(len(keys), 0, -1):
             starts = {g: end - w if (w := self.windows.get(g)) else 0 for g in groups}
             if all(set(keys[max(0, starts[g]) : end]) <= held[g] for g in groups):

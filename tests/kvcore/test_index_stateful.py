@@ -161,7 +161,9 @@ class IndexMachine(RuleBasedStateMachine):
         if not hasattr(self, "index"):
             return
         self.index.check()
-        stats = {s.holder: (s.blocks, s.copies, s.waiting, s.dropped) for s in self.index.holder_stats()}
+        stats = {
+            s.holder: (s.blocks, s.copies, s.waiting, s.dropped) for s in self.index.holder_stats()
+        }
         assert stats == self.model.stats()
         keys = sorted({k for meant in self.model.keys.values() for k in meant.values()})
         seen = self.index.presence(np.array(keys, dtype=np.uint64), self.ids.values())
@@ -170,7 +172,5 @@ class IndexMachine(RuleBasedStateMachine):
             assert row.tolist() == [key in held for key in keys]
 
 
-IndexMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestIndex = IndexMachine.TestCase
