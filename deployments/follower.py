@@ -86,6 +86,8 @@ class Follower:
         self._state: PodState | None = None
         self._since = 0.0
         self.feed(rank)
+        if replay is not None:
+            self._open_socket()  # a malformed endpoint shows here, not at the first loss
 
     def feed(self, rank: int) -> Feed:
         """Return the feed of a rank; a publisher has one, unless it names another itself."""
@@ -145,20 +147,10 @@ class Follower:
             return
         if self._is_reply_open:  # what still comes belongs to the question before
             self._close_socket()
-        if self._socket is None:
-            self._socket = open_socket(
-                self._context,
-                zmq.DEALER,
-                connect=self._replay_endpoint,
-                # The engine drops what its queue to us cannot hold, so let it hold a whole buffer.
-                receive_hwm=self._settings.receive_hwm * 2,
-                max_message_bytes=self._settings.max_message_bytes,
-                curve=self._curve,
-            )
-            watch(self._loop, self._socket, lambda: self._wake(self))
+        socket = self._open_socket()
         self._is_reply_open = True
         try:
-            self._socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
+            socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
         except zmq.Again:
             return  # the timeout asks again, on a new socket
         self._wake(self)  # sending may have used up the descriptor's signal
@@ -268,6 +260,20 @@ class Follower:
     def close(self) -> None:
         """Close the replay socket."""
         self._close_socket()
+
+    def _open_socket(self) -> zmq.Socket:
+        if self._socket is None:
+            self._socket = open_socket(
+                self._context,
+                zmq.DEALER,
+                connect=self._replay_endpoint,
+                # The engine drops what its queue to us cannot hold, so let it hold a whole buffer.
+                receive_hwm=self._settings.receive_hwm * 2,
+                max_message_bytes=self._settings.max_message_bytes,
+                curve=self._curve,
+            )
+            watch(self._loop, self._socket, lambda: self._wake(self))
+        return self._socket
 
     def _close_socket(self) -> None:
         if self._socket is not None:

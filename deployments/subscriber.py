@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _TIMER_S = 0.05
 _TURN_MESSAGES = 16  # of one socket, before the next one has its turn
 _MAX_RANK = 1024
+_MAX_NAME = 256  # characters of a pod that names itself
+_MAX_SEQ = 1 << 63
 _NONE = [0, 0, 0]
 
 
@@ -206,7 +208,8 @@ class Subscriber:
             first, last = entry["first"], entry["last"]
             position = Position(entry["next_seq"], entry["newest_ts"], first, last, entry["lost"])
             follower.stream.resume(position)
-            follower.feed(rank).doubt = entry["doubt"]
+            follower.rank = entry["engine_rank"]
+            follower.feed(follower.rank).doubt = entry["doubt"]
         else:
             self._index.clear_pod(name, rank)  # blocks of a snapshot that nothing vouches for
         self._followers[name, rank] = follower
@@ -286,7 +289,8 @@ class Subscriber:
 
     def _take(self, inlet: Inlet, frames: list[bytes], now: float) -> None:
         batch: EventBatch | None = None
-        if len(frames) == 3 and len(frames[1]) == 8:
+        seq = int.from_bytes(frames[1], "big") if len(frames) == 3 else _MAX_SEQ
+        if seq < _MAX_SEQ and len(frames[1]) == 8:
             with contextlib.suppress(EventDecodeError):  # counted as damaged below
                 batch = decode_batch(frames[2])
         follower = self._whose(inlet, frames[0], batch)
@@ -295,7 +299,6 @@ class Subscriber:
         if batch is None:
             follower.note_damage(now)
         else:
-            seq = int.from_bytes(frames[1], "big")
             follower.take(seq, frames[2], batch, now)
         if follower.stream.problem is not None:
             follower.ask(now)
@@ -318,7 +321,7 @@ class Subscriber:
         if pod is None:
             pushing = [p.name for p in self._pods.values() if p.events is None]
             pod = pushing[0] if len(pushing) == 1 else None
-        if pod is None or pod in self._removed:
+        if pod is None or pod in self._removed or len(pod) > _MAX_NAME:
             self.counters.unattributed += 1
             return None
         rank = batch.rank if batch is not None and batch.rank is not None else 0
@@ -343,14 +346,19 @@ class Subscriber:
         if self._is_closed or self._loop is None:
             return
         try:
-            now = self._clock()
             self._states = None
             for follower in list(self._followers.values()):
-                follower.tick(now)
+                self._tick(follower)
+        finally:
+            self._timer = self._loop.call_later(_TIMER_S, self._on_timer)
+
+    def _tick(self, follower: Follower) -> None:
+        try:
+            follower.tick(self._clock())
         except Exception:
+            # One pod's trouble must not stop the others' clocks.
             self.counters.errors += 1
-            log.exception("the subscriber's timer failed")
-        self._timer = self._loop.call_later(_TIMER_S, self._on_timer)
+            log.exception("pod %s could not be asked", follower.pod)
 
     # -- what others read
 
@@ -403,6 +411,7 @@ class Subscriber:
                 "pod": pod,
                 "rank": rank,
                 **follower.stream.position()._asdict(),
+                "engine_rank": follower.rank,  # as the batches say
                 "doubt": follower.feed(follower.rank).doubt,
             }
             for (pod, rank), follower in self._followers.items()

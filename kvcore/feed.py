@@ -14,6 +14,7 @@ from kvcore.index import BlockIndex
 
 ModelRoot = Callable[[str, str | None, str | None], int]  # (model, adapter, salt) -> namespace
 
+MAX_HOLDERS = 64  # of one rank
 DEFAULT_TIER = "gpu"  # engines before the medium field had no other
 
 _FULL_KINDS = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
@@ -124,6 +125,8 @@ class Feed:
     def _holder(self, medium: str | None, group: int | None) -> int:
         holder = self._holders.get((medium, group))
         if holder is None:
+            if len(self._holders) >= MAX_HOLDERS:  # a pod must not use up all that there are
+                raise InvalidInputError(f"a rank has at most {MAX_HOLDERS} tiers and groups")
             tier = (medium or DEFAULT_TIER).lower()
             holder = self._index.holder(self.pod, self.rank, tier, group or 0)
             self._holders[medium, group] = holder

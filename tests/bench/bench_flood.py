@@ -112,7 +112,8 @@ async def run(rate: float | None, scorers: int, seconds: float) -> None:
     said = "none" if rate is None else "flood" if rate == 0 else f"{rate:.0f}/s"
     print(
         f"events {said:7} scorers {scorers:2} | scores {len(waits) / seconds:8.0f}/s"
-        f" {percentiles(waits)} | applied {applied * 64 / seconds / 1e6:5.2f} M blocks/s, age {percentiles(ages)}"
+        f" {percentiles(waits)}"
+        f" | applied {applied * 64 / seconds / 1e6:5.2f} M blocks/s, age {percentiles(ages)}"
         f" | {status.state.value}, {status.counters['gaps']} gaps, {resident} MiB"
     )
 

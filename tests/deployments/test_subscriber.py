@@ -422,7 +422,9 @@ def test_a_snapshots_pods_that_are_no_longer_configured_are_dropped(tmp_path):
         settings = EventsSettings.model_validate(QUICK)
         subscriber = Subscriber(settings, index, model_root=root)
         entry = {"pod": "gone", "rank": 0, "next_seq": 1, "newest_ts": 1.0, "first": [1, 1]}
-        subscriber.resume([{**entry, "last": [1, 1], "lost": None, "doubt": None}])
+        subscriber.resume(
+            [{**entry, "last": [1, 1], "lost": None, "doubt": None, "engine_rank": 0}]
+        )
         await subscriber.start()
         assert depths(index, "gone", prompts) == [0]
         await subscriber.close()
