@@ -1,6 +1,8 @@
 """Engine hashes as arrays: what an engine calls its blocks, in full, never cut."""
 
+import operator
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ EngineHashes = Sequence[int] | Sequence[bytes] | NDArray[np.uint64] | NDArray[np
 MAX_BYTES = 32
 NO_WIDE: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 _MASK = (1 << 64) - 1
+_UINT64 = np.dtype(np.uint64)
 
 
 def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -26,6 +29,8 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
         InvalidInputError: Not 1-D, not ints of 64 bits or bytes of at most 32, or both mixed.
     """
     if isinstance(hashes, np.ndarray):
+        if hashes.dtype is _UINT64 and hashes.strides == (8,):
+            return cast("NDArray[np.uint64]", hashes), NO_WIDE
         if hashes.ndim != 1 or hashes.dtype not in (np.uint64, np.int64):
             raise ArrayError("engine hashes must be a 1-D array of 64-bit ints")
         return np.ascontiguousarray(hashes).view(np.uint64), NO_WIDE
@@ -37,10 +42,19 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
         raise InvalidInputError("an engine hash is a 64-bit int, or at most 32 bytes") from exc
 
 
+def encode_one(name: EngineHash) -> tuple[int, NDArray[np.uint64]]:
+    """Return one name's word, and its five words if it is bytes."""
+    if type(name) is int and 0 <= name <= _MASK:
+        return name, NO_WIDE
+    names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
+    return int(names[0]), wide
+
+
 def _as_unsigned(name: EngineHash) -> int:
-    if isinstance(name, bytes) or not -(1 << 63) <= name <= _MASK:
+    word = operator.index(name)  # type: ignore[arg-type]  # bytes raise, as floats and strings do
+    if not -(1 << 63) <= word <= _MASK:
         raise ValueError(name)
-    return name.__index__() & _MASK  # floats have no index
+    return word & _MASK
 
 
 def _encode_bytes(hashes: Sequence[EngineHash]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

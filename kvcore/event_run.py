@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvcore.engine_hashes import NO_WIDE
 from kvcore.errors import ArrayError, InvalidInputError
-from kvcore.hashing import BlockKeys, Tokens, check_block_size, check_tokens
+from kvcore.hashing import Tokens, check_block_size, check_tokens
 from kvcore.kernels import events
 from kvcore.kernels import memory as m
 
@@ -33,7 +33,7 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
     """Apply a run to an index; `BlockIndex.apply` says what it does."""
     bits = _checked_bits(index, run, block_size)
     ends, header, budget = run.ends, index.memory.header, index.budget
-    keys = np.empty(int(np.diff(ends, prepend=0).max(initial=0)), dtype=np.uint64)
+    index.memory.use_keys(int(np.diff(ends, prepend=0).max(initial=0)))
     event, unknown = 0, 0
     while event < ends.size:
         if index.waiting.runs:  # a store may free what waits, and a removal may cancel it
@@ -45,12 +45,12 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
         stop = int(np.searchsorted(ends, first + max(budget.blocks_until_check, 0), "right"))
         stop = max(stop, event + 1)
         event = events.apply(
-            index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows, run.parents,
-            run.tokens, block_size, keys, event,
+            index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows,
+            run.parents, run.tokens, block_size, event,
         )  # fmt: skip
         last = int(ends[event - 1]) if event else 0
         if event < stop:
-            _finish_one(index, run, event, block_size, keys, bits)
+            _finish_one(index, run, event, block_size, bits)
             event, last = event + 1, int(ends[event])
         index.settle(last - first)
     unknown += header.item(m.UNKNOWN)
@@ -59,20 +59,16 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
 
 
 def _finish_one(
-    index: BlockIndex,
-    run: EventRun,
-    event: int,
-    block_size: int,
-    keys: BlockKeys,
-    bits: NDArray[np.int64],
+    index: BlockIndex, run: EventRun, event: int, block_size: int, bits: NDArray[np.int64]
 ) -> None:
     """Do the rest of an event that the kernel left."""
     header = index.memory.header
     names, done = run.hashes[_span(run, event)], header.item(m.DONE)
+    keys = index.memory.use_keys(names.size)[: names.size]
     if done < 0:
         _apply_one(index, run, event, block_size)
     elif run.is_store[event]:
-        index.store_rest(int(bits[event]), names, NO_WIDE, keys[: names.size], done)
+        index.store_rest(int(bits[event]), names, NO_WIDE, keys, done)
     else:
         while done < names.size:
             index.make_room()

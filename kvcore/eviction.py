@@ -24,8 +24,8 @@ _BLOCK_BYTES = 256  # no block costs more, with its name and its share of an ind
 class Budget:
     """Watches ``capacity_bytes`` and evicts."""
 
-    def __init__(self, memory: Memory, holders: Holders, capacity_bytes: int) -> None:
-        self._memory, self._holders, self.capacity_bytes = memory, holders, capacity_bytes
+    def __init__(self, memory: Memory, holders: Holders) -> None:
+        self._memory, self._holders = memory, holders
         self.blocks_until_check = 0
         self._least_age, self._table, self._row = _OLDEST_AGE, m.NAMES, 1 << 40
         self._size_at_start = 0
@@ -33,14 +33,17 @@ class Budget:
     def check(self) -> None:
         """Evict for a few steps while the index is beyond its budget."""
         steps = _STEPS
-        while self._memory.size_bytes() > self.capacity_bytes and steps:
+        while self._memory.size_bytes() > self._memory.capacity_bytes and steps:
             self.evict()
             steps -= 1
-        slack = self.capacity_bytes - self._memory.size_bytes()
+        slack = self._memory.capacity_bytes - self._memory.size_bytes()
         self.blocks_until_check = max(slack // _BLOCK_BYTES, 0)
 
     def evict(self) -> None:
-        """Do one step of a pass."""
+        """Do one step of a pass; what was cleared goes first."""
+        if self._holders.dead_bits:
+            self._holders.sweep()
+            return
         header = self._memory.header
         if self._row >= header[self._table + m.HIGH]:
             if self._table == m.NAMES:
@@ -50,7 +53,9 @@ class Budget:
                 self._table = m.NAMES
             self._row = 1
         self._memory.make_room(m.SETS, 128)
-        self._row = sweeps.evict(self._memory.address, self._table, self._row, _STEP_ROWS, self._least_age)
+        self._row = sweeps.evict(
+            self._memory.address, self._table, self._row, _STEP_ROWS, self._least_age
+        )
 
     def _choose_victim(self) -> None:
         """Begin a pass over the rows of the pod that holds most."""

@@ -22,6 +22,7 @@ BlockKeys = NDArray[np.uint64]
 
 DEFAULT_SEED = 1337
 MAX_BLOCK_SIZE = 4096
+_UINT32, _UINT64 = np.dtype(np.uint32), np.dtype(np.uint64)
 NO_EXTRAS: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
 
 
@@ -81,11 +82,10 @@ def hash_blocks(
     """
     check_block_size(block_size)
     check_tokens(tokens)
-    if not 0 <= seed < 1 << 64 or not 0 <= (root or 0) < 1 << 64:
-        raise InvalidInputError("seed and root must be in [0, 2**64)")
+    check_word(seed, "seed")
+    start = np.uint64(check_word(root or 0, "root"))
     keys = np.empty(tokens.size // block_size, dtype=np.uint64)
     mixed_in = encode_extras(extras, keys.size, seed)
-    start = np.uint64(root or 0)
     xxh3.chain_blocks(tokens, block_size, mixed_in, root is not None, start, np.uint64(seed), keys)
     return keys
 
@@ -116,7 +116,38 @@ def check_block_size(block_size: int) -> None:
 
 def check_tokens(tokens: Tokens) -> None:
     """Raise ArrayError unless ``tokens`` is a 1-D C-contiguous uint32 array."""
+    if type(tokens) is np.ndarray and tokens.dtype is _UINT32 and tokens.strides == (4,):
+        return  # nearly always; the plain questions take 1 µs
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint32 or tokens.ndim != 1:
         raise ArrayError("tokens must be a 1-D uint32 array")
     if not tokens.flags.c_contiguous:
         raise ArrayError("tokens must be C-contiguous")
+
+
+def check_keys(keys: BlockKeys) -> None:
+    """Raise ArrayError unless ``keys`` is a 1-D C-contiguous uint64 array."""
+    if type(keys) is np.ndarray and keys.dtype is _UINT64 and keys.strides == (8,):
+        return
+    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint64 or keys.ndim != 1:
+        raise ArrayError("block keys must be a 1-D uint64 array")
+    if not keys.flags.c_contiguous:
+        raise ArrayError("block keys must be C-contiguous")
+
+
+def check_word(word: int, what: str) -> int:
+    """Return ``word``; raise InvalidInputError unless it is in [0, 2**64)."""
+    if not 0 <= word < 1 << 64:
+        raise InvalidInputError(f"{what} must be in [0, 2**64), got {word}")
+    return word
+
+
+def count_blocks(tokens: Tokens, block_size: int, n_hashes: int) -> int:
+    """Return how many whole blocks the tokens are; raise InvalidInputError unless they are."""
+    check_block_size(block_size)
+    check_tokens(tokens)
+    n_blocks = tokens.size // block_size
+    if n_blocks * block_size != tokens.size or n_hashes > n_blocks:
+        raise InvalidInputError(
+            f"{n_hashes} hashes of blocks of {block_size} tokens do not fit {tokens.size} tokens"
+        )
+    return n_blocks

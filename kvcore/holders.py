@@ -29,6 +29,17 @@ class Holder(NamedTuple):
         return self.pod, self.rank, self.group
 
 
+class HolderStats(NamedTuple):
+    """Counters of one holder; the last two make it partial, and start again when it is cleared."""
+
+    holder: Holder
+    blocks: int  # distinct blocks held
+    copies: int  # copies held, at least ``blocks``
+    waiting: int  # blocks that wait for their parent
+    dropped: int  # blocks that no longer wait because the waiting area was full
+    evicted: int  # blocks evicted to stay within the byte budget
+
+
 class Holders:
     """Holder ids stay; bits change when a scope is cleared.
 
@@ -42,6 +53,8 @@ class Holders:
         self.names: dict[int, Holder] = {}
         self.bits: dict[int, int] = {}  # by holder id
         self.scopes: dict[Scope, int] = {}  # bits of scopes
+        self.scope_at: dict[int, Scope] = {}  # by bit
+        self.ranks: dict[tuple[str, int], list[Scope]] = {}  # scopes of a pod's rank, by group
         self._tiers: dict[Scope, list[int]] = {}  # holder ids
         self.free_ids: list[int] = []
         self.n_bits = 0
@@ -55,8 +68,8 @@ class Holders:
             if self.n_bits + 2 > MAX_MEMBERS:
                 raise InvalidInputError(f"more than {MAX_MEMBERS} holders and scopes")
             if name.scope not in self.scopes:
-                self.scopes[name.scope] = self._new_scope_bit()
-                self._tiers[name.scope] = []
+                self._set_scope_bit(name.scope)
+                self._know(name.scope)
             tiers = self._tiers[name.scope]
             number = self.free_ids.pop() if self.free_ids else len(self.names)
             self.bits[number] = self._new_bit(
@@ -69,7 +82,8 @@ class Holders:
     def adopt(self, number: int, name: Holder, bit: int) -> None:
         """Take over a holder from a snapshot, whose members array is in place."""
         self.ids[name], self.names[number], self.bits[number] = number, name, bit
-        self._tiers.setdefault(name.scope, []).append(number)
+        self._know(name.scope)
+        self._tiers[name.scope].append(number)
 
     def bit(self, holder: int) -> int:
         """Return the bit of a holder.
@@ -97,7 +111,7 @@ class Holders:
         held = int(rows[:, m.HELD].sum())
         if rows[:, m.COPIES].any():
             self._retire([self.scopes[scope], *old])
-            self.scopes[scope] = self._new_scope_bit()
+            self._set_scope_bit(scope)
             for n, i in enumerate(holders):
                 self.bits[i] = self._new_bit(
                     self.scopes[scope], [self.bits[j] for j in holders[:n]]
@@ -112,6 +126,9 @@ class Holders:
             del self.ids[self.names.pop(i)]
             self.free_ids.append(i)
         self._retire([self.scopes.pop(scope)])
+        self.ranks[scope[:2]].remove(scope)
+        if not self.ranks[scope[:2]]:
+            del self.ranks[scope[:2]]
 
     def sweep(self) -> None:
         """Do a step of taking dead bits out of the rows."""
@@ -136,17 +153,25 @@ class Holders:
         mask = self._memory.arrays[m.MASK]
         for bit in bits:
             mask[bit >> 6] &= ~np.uint64(1 << (bit & 63))
+            self.scope_at.pop(bit, None)
         if self.dead_bits:
             self.next_dead_bits += bits
         else:
             self.dead_bits = bits
             self.start_pass()
 
-    def _new_scope_bit(self) -> int:
-        bit = self._take_bit()
+    def _know(self, scope: Scope) -> None:
+        if scope not in self._tiers:
+            self._tiers[scope] = []
+            scopes = self.ranks.setdefault(scope[:2], [])
+            scopes.append(scope)
+            scopes.sort()
+
+    def _set_scope_bit(self, scope: Scope) -> None:
+        bit = self.scopes[scope] = self._take_bit()
+        self.scope_at[bit] = scope
         self._memory.members[bit, m.SCOPE] = bit
         self._memory.arrays[m.MASK][bit >> 6] |= np.uint64(1 << (bit & 63))
-        return bit
 
     def _new_bit(self, scope_bit: int, tiers: list[int]) -> int:
         """Join the ring of a scope's tiers."""

@@ -6,13 +6,20 @@ DESIGN
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcore import event_run, index_check, index_snapshot
-from kvcore.engine_hashes import NO_WIDE, EngineHash, EngineHashes, decode, encode
+from kvcore.engine_hashes import (
+    NO_WIDE,
+    EngineHash,
+    EngineHashes,
+    decode,
+    encode,
+    encode_one,
+)
 from kvcore.errors import InvalidInputError
 from kvcore.event_run import EventRun
 from kvcore.eviction import Budget
@@ -20,12 +27,13 @@ from kvcore.hashing import (
     DEFAULT_SEED,
     BlockKeys,
     Tokens,
-    check_block_size,
-    check_tokens,
+    check_keys,
+    check_word,
+    count_blocks,
     encode_extras,
     hash_blocks,
 )
-from kvcore.holders import Holder, Holders, Scope
+from kvcore.holders import Holder, Holders, HolderStats, Scope
 from kvcore.index_memory import Memory
 from kvcore.kernels import events, lookup
 from kvcore.kernels import memory as m
@@ -43,15 +51,7 @@ class StoreResult(NamedTuple):
     replaced: int  # engine hashes that named another block before; the old copies are gone
 
 
-class HolderStats(NamedTuple):
-    """Counters of one holder; the last two make it partial, and start again when it is cleared."""
-
-    holder: Holder
-    blocks: int  # distinct blocks held
-    copies: int  # copies held, at least ``blocks``
-    waiting: int  # blocks that wait for their parent
-    dropped: int  # blocks that no longer wait because the waiting area was full
-    evicted: int  # blocks evicted to stay within the byte budget
+_NOTHING = StoreResult(0, 0, 0, 0)
 
 
 class BlockIndex:
@@ -81,7 +81,7 @@ class BlockIndex:
         self.seed = seed
         self.memory = Memory(capacity_bytes, seed)
         self.members = Holders(self.memory)
-        self.budget = Budget(self.memory, self.members, capacity_bytes)
+        self.budget = Budget(self.memory, self.members)
         self.waiting = WaitingArea(max_waiting_blocks)
         self.windows: dict[Scope, int | None] = {}
         self._header, self._address = self.memory.header, self.memory.address
@@ -128,40 +128,39 @@ class BlockIndex:
         """
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
-        before, wide_before = encode(() if parent is None else (parent,))
-        n_blocks = _count_blocks(tokens, block_size, names.size)
-        if root is not None and not 0 <= root < 1 << 64:
-            raise InvalidInputError("root must be in [0, 2**64)")
+        n_blocks = count_blocks(tokens, block_size, names.size)
         if not names.size:
-            return StoreResult(0, 0, 0, 0)
-        if wide.size:
-            self.memory.use_wide_names()
-        kind, value = events.NO_PARENT, np.uint64(0)
+            return _NOTHING
+        kind, before, wide_before = events.NO_PARENT, 0, NO_WIDE
         if parent is not None:
-            kind, value = events.PARENT, before[0]
+            kind, (before, wide_before) = events.PARENT, encode_one(parent)
         elif root is not None:
-            kind, value = events.ROOT, np.uint64(root)
-        keys = np.empty(n_blocks, dtype=np.uint64)
-        done = events.store(
-            self._address,
-            bit,
-            tokens,
-            block_size,
-            encode_extras(extras, n_blocks, self.seed),
-            names,
-            wide,
-            kind,
-            value,
-            wide_before,
-            keys,
-        )
+            kind, before = events.ROOT, check_word(root, "root")
+        if n_blocks > self.memory.n_keys:
+            self.memory.use_keys(n_blocks)
+        if wide.size or wide_before.size or extras:
+            self.memory.use_wide_names()
+            pairs = encode_extras(extras, n_blocks, self.seed)
+            done = events.store_any(
+                self._address, bit, tokens, block_size, pairs, names, wide, kind,
+                before - (before >> 63 << 64), wide_before,
+            )  # fmt: skip
+        else:
+            done = events.store(
+                self._address, bit, tokens, block_size, names, kind, before - (before >> 63 << 64)
+            )
         if done < 0:
-            scope, (known,) = self.members.names[holder].scope, decode(before, wide_before)
-            kept = tokens.copy(), block_size, dict(extras or {})
+            scope, known = self.members.names[holder].scope, cast(EngineHash, parent)
+            kept = (tokens.copy(), block_size, dict(extras or {}))
+            known = known if isinstance(known, bytes) else before
             self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
             return StoreResult(0, names.size, 0, 0)
-        self.store_rest(bit, names, wide, keys[n_blocks - names.size :], done)
-        joined = self._join(self.members.names[holder].scope, decode(names, wide)) if self.waiting.runs else 0
+        if done < names.size:
+            keys = self.memory.use_keys(n_blocks)[n_blocks - names.size : n_blocks]
+            self.store_rest(bit, names, wide, keys, done)
+        joined = 0
+        if self.waiting.runs:
+            joined = self._join(self.members.names[holder].scope, decode(names, wide))
         return StoreResult(names.size, 0, joined, self.settle(names.size))
 
     def store_known(self, holder: int, hashes: EngineHashes) -> int:
@@ -208,17 +207,20 @@ class BlockIndex:
         while (done := kernel(self._address, bit, names, wide, done)) < names.size:
             self.make_room()
         unknown = self._header.item(m.UNKNOWN)
-        self._header[m.UNKNOWN] = 0
+        if unknown:
+            self._header[m.UNKNOWN] = 0
         return unknown
 
     def store_rest(
         self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], keys: BlockKeys, done: int
     ) -> None:
+        """Store what a full table left of a run, once there is room."""
         while done < names.size:
             self.make_room()
             done = events.store_rest(self._address, bit, keys, names, wide, done)
 
     def make_room(self) -> None:
+        """Let every table have room for a block; where the budget ends, evict."""
         for table in m.TABLES:
             while not self.memory.make_room(table, 4):
                 self.budget.evict()
@@ -244,10 +246,10 @@ class BlockIndex:
                 seed=self.seed,
             )[-len(run.names) :]
             left = [name for name in run.names if name is not None]
-            names, wide = encode(left)  # type: ignore[arg-type]  # all ints, or all bytes
+            called, wide = encode(cast(EngineHashes, left))
             self._header[m.LAST_ROW] = row
             chosen = keys[[name is not None for name in run.names]]
-            self.store_rest(self.members.bit(run.holder), names, wide, chosen, 0)
+            self.store_rest(self.members.bit(run.holder), called, wide, chosen, 0)
             joined += len(left)
             for name in left:
                 for child in area.children(run.scope, name):
@@ -256,14 +258,15 @@ class BlockIndex:
 
     def _resolve(self, scope: Scope, name: EngineHash) -> int:
         """Return the row of the block that a scope calls ``name``, or 0."""
-        names, wide = encode((name,))  # type: ignore[arg-type]  # one int, or one bytes
-        return events.resolve(self._address, self.members.scopes[scope], names[0], wide)
+        word, wide = encode_one(name)
+        return events.resolve(self._address, self.members.scopes[scope], np.uint64(word), wide)
 
     def settle(self, n_blocks: int) -> int:
         """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
         if self.members.dead_bits:
             self.members.sweep()
-        self.memory.release_old()
+        if self.memory.growing:
+            self.memory.release_old()
         self.budget.blocks_until_check -= n_blocks
         if self.budget.blocks_until_check < 0:
             self.budget.check()
@@ -309,10 +312,6 @@ class BlockIndex:
             raise InvalidInputError(f"a window has at least 1 block, got {window_blocks}")
         self.windows[pod, rank, group] = window_blocks
 
-    def window(self, scope: Scope) -> int | None:
-        """Return what `set_window` declared for (pod, rank, group)."""
-        return self.windows.get(scope)
-
     def match(self, keys: BlockKeys) -> NDArray[np.int32]:
         """Return the scopes that hold the first block, and how many leading blocks each one holds.
 
@@ -324,13 +323,17 @@ class BlockIndex:
 
         Returns:
             [2, n_scopes] int32: scope numbers, blocks; the shortest first.
+
+        Raises:
+            ArrayError: ``keys`` is another kind of array.
         """
+        check_keys(keys)
         out = np.empty((2, self.members.n_bits), dtype=np.int32)
         return out[:, : lookup.match(self._address, keys, out)]
 
     def scopes(self) -> dict[int, Scope]:
         """Return (pod, rank, group) by the number that `match` uses; a clear changes it."""
-        return {bit: scope for scope, bit in self.members.scopes.items()}
+        return dict(self.members.scope_at)
 
     def holders(self) -> dict[int, Holder]:
         """Return every holder by its id."""
@@ -338,6 +341,7 @@ class BlockIndex:
 
     def presence(self, keys: BlockKeys, holders: Iterable[int]) -> NDArray[np.bool_]:
         """Tell which holder holds which block: [n_holders, n_keys]."""
+        check_keys(keys)
         bits = np.array([self.members.bit(h) for h in holders], dtype=np.int64)
         out = np.empty((bits.size, keys.size), dtype=np.bool_)
         lookup.presence(self._address, keys, bits, out)
@@ -387,14 +391,3 @@ class BlockIndex:
         return index_snapshot.read(
             cls, path, capacity_bytes=capacity_bytes, max_waiting_blocks=max_waiting_blocks
         )
-
-
-def _count_blocks(tokens: Tokens, block_size: int, n_hashes: int) -> int:
-    check_block_size(block_size)
-    check_tokens(tokens)
-    n_blocks, rest = divmod(tokens.size, block_size)
-    if rest or n_hashes > n_blocks:
-        raise InvalidInputError(
-            f"{n_hashes} hashes of blocks of {block_size} tokens do not fit {tokens.size} tokens"
-        )
-    return n_blocks

@@ -21,6 +21,7 @@ class Memory:
     """Owns the arrays whose addresses are in ``header``."""
 
     def __init__(self, capacity_bytes: int, seed: int) -> None:
+        self.capacity_bytes = capacity_bytes
         self.header = np.zeros(m.HEADER_SIZE, dtype=np.int64)
         self.address: int = self.header.ctypes.data  # what kernels take
         self.arrays: dict[int, NDArray] = {}  # by the word of the header with its address
@@ -38,6 +39,9 @@ class Memory:
         self.keep(m.MEMBERS, np.zeros((64, m.MEMBER_WORDS), dtype=np.int64))
         for word in (m.MASK, m.DEAD, m.VICTIM):
             self.keep(word, np.zeros(1, dtype=np.uint64))
+        self.n_keys = 0
+        self.use_keys(64)
+        self.growing = False  # an old index may be in use
         # About 64 epochs to fill the budget once: fine enough to tell the recent from the old.
         self.header[m.EPOCH_LENGTH] = self.header[m.EPOCH_LEFT] = self.limit_rows // 128 + 1
 
@@ -74,19 +78,25 @@ class Memory:
         return rows + sum(self.arrays[t + m.INDEX].nbytes for t in m.TABLES)
 
     def make_room(self, table: int, n: int) -> bool:
-        """Grow a table until ``n`` rows fit; False if the budget's rows are used up."""
+        """Grow a table until ``n`` rows fit; False if that would exceed the budget.
+
+        SETS may: they are few, and what they name is evicted.
+        """
         while not kernels.table_has_room(self.address, table, n):
             if self.header[table + m.LIVE] + n >= self.header[table + m.LIMIT]:
                 if table != m.SETS:
                     return False
                 self._resize_sets(2 * int(self.header[m.SETS + m.LIMIT]), self.set_words)
                 continue
-            kernels.finish_migration(self.address, table)
             bits = int(self.header[table + m.BITS])
+            if table != m.SETS and self.size_bytes() + (4 << bits) > self.capacity_bytes:
+                return False
+            kernels.finish_migration(self.address, table)
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
             self.keep(table + m.INDEX, np.zeros(2 << bits, dtype=np.uint32))
             self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1
             self.header[table + m.MOVED] = 1
+            self.growing = True
         return True
 
     def release_old(self) -> None:
@@ -94,6 +104,14 @@ class Memory:
         for table in m.TABLES:
             if not self.header[table + m.OLD]:
                 self.arrays.pop(table + m.OLD, None)
+        self.growing = any(table + m.OLD in self.arrays for table in m.TABLES)
+
+    def use_keys(self, n: int) -> NDArray[np.uint64]:
+        """Return a place for the keys of ``n`` blocks, where `kernels.events` puts them."""
+        if n > self.n_keys:
+            self.keep(m.KEYS, np.zeros(2 * n, dtype=np.uint64))
+            self.n_keys = 2 * n
+        return self.arrays[m.KEYS]
 
     def use_wide_names(self) -> None:
         """Reserve the column of names that are bytes."""

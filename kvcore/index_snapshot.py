@@ -1,4 +1,4 @@
-"""An index in a file: a line that names the format, a JSON head, the used part of each array.
+r"""An index in a file: a line that names the format, a JSON head, the used part of each array.
 
     "kvatlas index 1\n" ‖ crc32 of the rest u32 ‖ size of the head u32 ‖ head ‖ arrays
 
@@ -61,17 +61,24 @@ def read(
     if not data.startswith(_MAGIC):
         named = data[: len(_MAGIC)]
         raise SnapshotError(f"not a snapshot of this version: it begins with {named!r}")
-    if zlib.crc32(data[len(_MAGIC) + 4 :]) != int.from_bytes(data[len(_MAGIC) :][:4], "little"):
+    checksum = int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 4], "little")
+    if len(data) < _HEAD_AT or zlib.crc32(data[len(_MAGIC) + 4 :]) != checksum:
         raise SnapshotError("the snapshot is damaged: its checksum is wrong")
+    limits = {"capacity_bytes": capacity_bytes, "max_waiting_blocks": max_waiting_blocks}
+    try:
+        return _rebuild(kind, data, limits)
+    except (ValueError, LookupError, TypeError) as exc:
+        raise SnapshotError("the snapshot is not one that an index wrote") from exc
+
+
+def _rebuild(kind: type[BlockIndex], data: bytes, limits: dict[str, int]) -> BlockIndex:
     size = int.from_bytes(data[_HEAD_AT - 4 : _HEAD_AT], "little")
     head, at = json.loads(data[_HEAD_AT : _HEAD_AT + size]), _HEAD_AT + size
     arrays: dict[int, NDArray] = {}
     for word, dtype, count in head["arrays"]:
         arrays[word] = np.frombuffer(data, dtype, count, at)
         at += arrays[word].nbytes
-    index = kind(
-        capacity_bytes=capacity_bytes, max_waiting_blocks=max_waiting_blocks, seed=head["seed"]
-    )
+    index = kind(**limits, seed=head["seed"])
     _restore_arrays(index, arrays)
     _restore_state(index, head)
     return index
@@ -154,10 +161,11 @@ def _restore_state(index: BlockIndex, head: dict[str, Any]) -> None:
     for number, bit, *name in head["holders"]:
         members.adopt(number, Holder(*name), bit)
     members.scopes = {(pod, rank, group): bit for pod, rank, group, bit in head["scopes"]}
+    members.scope_at = {bit: scope for scope, bit in members.scopes.items()}
     for name in ("n_bits", "free_ids", "free_bits", "dead_bits", "next_dead_bits"):
         setattr(members, name, head[name])
     index.windows = {(pod, rank, group): n for pod, rank, group, n in head["windows"]}
-    for number, run in enumerate(head["waiting"]):
+    for run in head["waiting"]:
         pod, rank, group = run["scope"]
         index.waiting.add(
             WaitingRun(

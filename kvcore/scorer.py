@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcore.hashing import BlockKeys
-from kvcore.index import BlockIndex, Holder
+from kvcore.holders import Scope
+from kvcore.index import BlockIndex
 
 
 class PodScore(NamedTuple):
@@ -36,51 +37,74 @@ def score(
         pods: Score these alone.
     """
     lowest = min(tier_weights.values(), default=1.0)
-    ranks: dict[tuple[str, int], list[tuple[int, Holder]]] = {}
-    for number, holder in index.holders().items():
-        if pods is None or holder.pod in pods:
-            ranks.setdefault((holder.pod, holder.rank), []).append((number, holder))
+    members = index.members
+    leading: dict[tuple[str, int], dict[Scope, int]] = {}
+    scope_numbers, blocks = index.match(keys).tolist()
+    for number, n_blocks in zip(scope_numbers, blocks, strict=True):
+        scope = members.scope_at[number]
+        if pods is None or scope[0] in pods:
+            leading.setdefault(scope[:2], {})[scope] = n_blocks
+    for pod, rank, _ in index.windows:  # a window needs no first block
+        if (pod, rank) in members.ranks and (pods is None or pod in pods):
+            leading.setdefault((pod, rank), {})
     scores = []
-    for (pod, rank), holders in ranks.items():
-        seen = index.presence(keys, [number for number, _ in holders])
-        groups = sorted({h.group for _, h in holders})
-        union = {g: seen[[h.group == g for _, h in holders]].any(axis=0) for g in groups}
-        windows = {g: index.window((pod, rank, g)) for g in groups}
-        end = hit_end(union, windows, keys.size)
-        if not end:
-            continue
-        main = min((g for g in groups if windows[g] is None), default=groups[0])
-        worth = np.full(end, -np.inf)
-        by_tier: dict[str, int] = {}
-        for (_, h), row in zip(holders, seen[:, :end], strict=True):
-            if h.group == main:
-                weight = tier_weights.get(h.tier, lowest)
-                worth = np.where(row, np.maximum(worth, weight), worth)
-                if row.any():
-                    by_tier[h.tier] = int(row.sum())
-        worth[np.isinf(worth)] = lowest  # left behind by a sliding window, needed by nobody
-        scores.append(PodScore(pod, rank, end, float(worth.sum()), by_tier))
+    for (pod, rank), hits in leading.items():
+        scopes = members.ranks[pod, rank]
+        tiers = members.of_scope(scopes[0])
+        if len(scopes) == len(tiers) == 1 and not index.windows.get(scopes[0]):
+            tier, n = members.names[tiers[0]].tier, hits.get(scopes[0], 0)
+            found = n, n * tier_weights.get(tier, lowest), {tier: n}
+        else:
+            found = _score_mixed(index, keys, scopes, hits, tier_weights)
+        if found[0]:
+            scores.append(PodScore(pod, rank, *found))
     return sorted(scores, key=lambda s: (-s.score, s.pod, s.rank))
 
 
+def _score_mixed(
+    index: BlockIndex,
+    keys: BlockKeys,
+    scopes: list[Scope],
+    hits: Mapping[Scope, int],
+    tier_weights: Mapping[str, float],
+) -> tuple[int, float, dict[str, int]]:
+    """Score a rank with more than one tier or group: blocks, score, blocks by tier."""
+    full = [scope for scope in scopes if index.windows.get(scope) is None]
+    limit = min((hits.get(scope, 0) for scope in full), default=keys.size)
+    if not limit:
+        return 0, 0.0, {}
+    tiers = {scope: index.members.of_scope(scope) for scope in scopes}
+    rows = iter(index.presence(keys[:limit], [i for ids in tiers.values() for i in ids]))
+    held = {scope: np.array([next(rows) for _ in ids]) for scope, ids in tiers.items()}
+    anywhere = {s: np.asarray(held[s].any(axis=0)) for s in scopes}
+    end = hit_end(anywhere, {s: index.windows.get(s) for s in scopes}, limit)
+    # The first group with full attention has every block of the hit; it says what they are worth.
+    main, lowest = (full or scopes)[0], min(tier_weights.values(), default=1.0)
+    names = [index.members.names[i].tier for i in tiers[main]]
+    weights = np.array([[tier_weights.get(tier, lowest)] for tier in names])
+    seen = held[main][:, :end]
+    worth = np.where(seen, weights, -np.inf).max(axis=0, initial=-np.inf)
+    worth[np.isinf(worth)] = lowest  # left behind by a window
+    counts = seen.sum(axis=1).tolist()
+    return end, float(worth.sum()), {t: n for t, n in zip(names, counts, strict=True) if n}
+
+
 def hit_end(
-    union: Mapping[int, NDArray[np.bool_]], windows: Mapping[int, int | None], n_keys: int
+    held: Mapping[Scope, NDArray[np.bool_]], windows: Mapping[Scope, int | None], n_keys: int
 ) -> int:
     """Return the longest hit that every group of a rank can serve.
 
-    A full-attention group must hold all blocks before the end, a sliding one the last
-    ``window`` of them.
+    held [n_keys] per group. A full-attention group must hold all blocks before the end, a sliding
+    one the last ``window`` of them.
     """
     end, settled = n_keys, False
     while not settled:
         settled = True
-        for group, held in union.items():
-            window = windows[group]
+        for scope, blocks in held.items():
+            window = windows[scope]
             start = 0 if window is None else max(0, end - window)
-            missing = np.flatnonzero(~held[start:end])
-            if (
-                missing.size
-            ):  # shorten to before the hole: the first for full, the last for a window
+            missing = np.flatnonzero(~blocks[start:end])
+            if missing.size:  # to before the hole: the first of full attention, a window's last
                 end = start + int(missing[0 if window is None else -1])
                 settled = False
     return end

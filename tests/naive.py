@@ -43,7 +43,7 @@ def _pair(first: int, second: int, seed: int) -> int:
 
 
 class Index:
-    """What `BlockIndex` must equal: copies per holder and name, and what each scope's names mean."""
+    """What `BlockIndex` must equal: copies per holder and name, and what names mean per scope."""
 
     def __init__(self, max_waiting_blocks: int = 65_536) -> None:
         self.max_waiting_blocks = max_waiting_blocks
@@ -60,11 +60,11 @@ class Index:
     def held(self, holder: Holder) -> set[int]:
         return {self.keys[holder.scope][name] for name in self.copies[holder]}
 
-    def store(self, holder, names, parent, tokens, block_size, root=None, extras=None):
+    def store(self, holder, names, parent, tokens, *, block_size, root=None, extras=None):
         if not names:
             return
-        run = dict(holder=holder, names=list(names), tokens=tokens, extras=extras)
-        run.update(block_size=block_size, parent=parent)
+        run = {"holder": holder, "names": list(names), "parent": parent, "tokens": tokens}
+        run |= {"block_size": block_size, "extras": extras}
         if parent is not None and parent not in self.keys[holder.scope]:
             self.waiting.append(run)
             while self.waiting_blocks() > self.max_waiting_blocks:

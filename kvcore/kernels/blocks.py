@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917  # kernels take no keywords
 """Changes of the index: copies of blocks come and go, under the names their engines gave them.
 
 A block is a row of BLOCKS: its own key, and the set of holders that have a copy. An engine removes
@@ -5,14 +6,12 @@ a block by the name it gave it. Where the name is the key itself (publishers of 
 more is kept. Otherwise a row of NAMES has the name, the block and the holders that use this name
 for it; engines that agree on names share the row. A block is in one of the two modes: once one
 holder names it differently, all names of it are rows, and a flag in AGES says so.
-
-COUNTS has what is beyond the common case, so that it costs nothing there: copies beyond the first
-under one name (SELF, NAME), and names beyond the first for one block (ALIAS), per holder.
 """
 
 import numpy as np
 from numba import types
 
+from kvcore.kernels.counts import ALIAS, NAME, SELF, count_down, count_up
 from kvcore.kernels.memory import (
     AGES,
     BLOCKS,
@@ -22,13 +21,12 @@ from kvcore.kernels.memory import (
     EPOCH_LEFT,
     EPOCH_LENGTH,
     EPOCH_MASK,
-    EXTRAS,
     HEADER,
     HELD,
     HIGH,
     LAST_ROW,
-    MEMBERS,
     MEMBER_WORDS,
+    MEMBERS,
     MODE,
     NAMED,
     NAMES,
@@ -37,8 +35,8 @@ from kvcore.kernels.memory import (
     ROWS,
     SCOPE,
     SELF_NAMED,
-    SETS,
     SET_WORDS,
+    SETS,
     SIBLING,
     STRIDE,
     UNKNOWN,
@@ -54,49 +52,13 @@ from kvcore.kernels.memory import (
     u64,
 )
 from kvcore.kernels.sets import contains, give, with_holder, without_holder
-from kvcore.kernels.table import add, after, delete, expect, find, first, has_room, migrate, row_at
+from kvcore.kernels.table import add, after, expect, find, first, has_room, migrate, row_at
 
 WORDS = types.CPointer(types.uint64)
 _I, _U, _V, _B = types.int64, types.uint64, types.void, types.boolean
-_SELF, _NAME, _ALIAS = 0, 1, 2
 _WIDE_FLAG = 1 << 31  # beside the block in a row of NAMES: the name is bytes
 _ONE = np.uint64(1)
 _AHEAD = 8  # blocks; the slots of what comes are fetched meanwhile
-
-
-@inner(_U(_I, _I, _I))
-def _count_key(kind, row, bit):
-    return mix(np.uint64(kind << 62 | row << 24 | bit))
-
-
-@inner(_V(HEADER, _I, _I, _I))
-def _count_up(header, kind, row, bit):
-    key = _count_key(kind, row, bit)
-    halves, entry = u32(header, COUNTS + ROWS), find(header, COUNTS, key)
-    if entry:
-        halves[4 * entry + 2] += np.uint32(1)
-        return
-    entry = add(header, COUNTS, key)
-    halves[4 * entry + 2], halves[4 * entry + 3] = np.uint32(1), np.uint32(bit)
-    i64(header, MEMBERS)[bit * MEMBER_WORDS + EXTRAS] += 1
-
-
-@inner(_I(HEADER, _I, _I, _I, _B))
-def _count_down(header, kind, row, bit, all_of_it):
-    """Take one off a count, or all; return how many were taken."""
-    members = i64(header, MEMBERS)
-    if members[bit * MEMBER_WORDS + EXTRAS] == 0:
-        return 0
-    halves, entry = u32(header, COUNTS + ROWS), find(header, COUNTS, _count_key(kind, row, bit))
-    if entry == 0:
-        return 0
-    count = np.int64(halves[4 * entry + 2])
-    if count > 1 and not all_of_it:
-        halves[4 * entry + 2] -= np.uint32(1)
-        return 1
-    delete(header, COUNTS, entry)
-    members[bit * MEMBER_WORDS + EXTRAS] -= 1
-    return count
 
 
 @inner(_B(HEADER, _I, _U, _I))
@@ -124,17 +86,17 @@ def resolve(header, scope, name, wide):
     mode = i64(header, MEMBERS)[scope * MEMBER_WORDS + MODE]
     if mode & SELF_NAMED and wide == 0:
         row = find(header, BLOCKS, name)
-        if row and not u16(header, AGES)[row] & NAMED:
-            if contains(header, np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2]), scope):
-                return -row
+        holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])
+        if row and not u16(header, AGES)[row] & NAMED and contains(header, holders, scope):
+            return -row
     if mode & OTHER_NAMED:
         key = mix(name)
         cursor = first(header, NAMES, key)
         while cursor >= 0:
             row = row_at(header, NAMES, cursor)
-            if _is_named(header, row, name, wide):
-                if contains(header, np.int64(u32(header, NAMES + ROWS)[4 * row + 2]), scope):
-                    return row
+            holders = np.int64(u32(header, NAMES + ROWS)[4 * row + 2])
+            if _is_named(header, row, name, wide) and contains(header, holders, scope):
+                return row
             cursor = after(header, NAMES, key, cursor)
     return 0
 
@@ -151,7 +113,7 @@ def _hold(header, row, bit):
     """Note that a holder has a block under one more name."""
     holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])
     if contains(header, holders, bit):
-        _count_up(header, _ALIAS, row, bit)
+        count_up(header, ALIAS, row, bit)
         return
     give(header, BLOCKS, row, with_holder(header, holders, bit))
     i64(header, MEMBERS)[bit * MEMBER_WORDS + HELD] += 1
@@ -160,7 +122,7 @@ def _hold(header, row, bit):
 @inner(_V(HEADER, _I, _I))
 def _drop(header, row, bit):
     """Note that a holder has a block under one name fewer."""
-    if _count_down(header, _ALIAS, row, bit, False):
+    if count_down(header, ALIAS, row, bit, False):
         return
     holders = np.int64(u32(header, BLOCKS + ROWS)[4 * row + 2])
     give(header, BLOCKS, row, without_holder(header, holders, bit))
@@ -198,8 +160,8 @@ def _write_names_out(header, row):
             bit = 64 * word + trailing_zeros(left)
             left &= left - _ONE
             members[members[bit * MEMBER_WORDS + SCOPE] * MEMBER_WORDS + MODE] |= OTHER_NAMED
-            for _ in range(_count_down(header, _SELF, row, bit, True)):
-                _count_up(header, _NAME, made, bit)
+            for _ in range(count_down(header, SELF, row, bit, True)):
+                count_up(header, NAME, made, bit)
 
 
 @inner(_I(HEADER, _U, _I))
@@ -208,9 +170,10 @@ def find_block(header, key, before):
 
     The blocks of one store lie side by side, so a chain is mostly read in order.
     """
-    guess = before + 1
-    if guess < header[BLOCKS + HIGH] and u64(header, BLOCKS + ROWS)[2 * guess] == key:
-        if u32(header, BLOCKS + ROWS)[4 * guess + 2] != 0:
+    guess, high = before + 1, header[BLOCKS + HIGH]
+    if guess < high and u64(header, BLOCKS + ROWS)[2 * guess] == key:
+        if_live = u32(header, BLOCKS + ROWS)[4 * guess + 2]
+        if if_live != 0:
             return guess
     return find(header, BLOCKS, key)
 
@@ -234,7 +197,7 @@ def _take(header, found, bit):
     if found == 0 or not contains(header, holders, bit):
         return False
     members[bit * MEMBER_WORDS + COPIES] -= 1
-    if _count_down(header, _NAME if found > 0 else _SELF, row, bit, False):
+    if count_down(header, NAME if found > 0 else SELF, row, bit, False):
         return True
     if found > 0:
         block = _block_of(header, row)
@@ -249,8 +212,8 @@ def _take(header, found, bit):
 @inner(_I(HEADER, _I, _I))
 def take_all(header, found, bit):
     """Take every copy that a holder has under a resolved name; return whether it had any."""
-    kind, row = (_NAME, found) if found > 0 else (_SELF, -found)
-    extra = _count_down(header, kind, row, bit, True)
+    kind, row = (NAME, found) if found > 0 else (SELF, -found)
+    extra = count_down(header, kind, row, bit, True)
     i64(header, MEMBERS)[bit * MEMBER_WORDS + COPIES] -= extra
     return np.int64(_take(header, found, bit))
 
@@ -296,7 +259,7 @@ def _add_copy(header, found, bit):
     table, row = (NAMES, found) if found > 0 else (BLOCKS, -found)
     holders = np.int64(u32(header, table + ROWS)[4 * row + 2])
     if contains(header, holders, bit):
-        _count_up(header, _NAME if found > 0 else _SELF, row, bit)
+        count_up(header, NAME if found > 0 else SELF, row, bit)
         return
     give(header, table, row, with_holder(header, holders, bit))
     if found > 0:

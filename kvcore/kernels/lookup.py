@@ -5,8 +5,8 @@ from numba import types
 
 from kvcore.kernels.blocks import find_block
 from kvcore.kernels.memory import (
-    BLOCKS,
     ADDRESS,
+    BLOCKS,
     HIGH,
     MASK,
     ROWS,

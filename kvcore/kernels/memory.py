@@ -8,6 +8,9 @@ the arrays is a pointer: they can be written to disk and mapped elsewhere.
 Row numbers and counters are int64 and keys are uint64, never mixed: numba adds the two as floats.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -19,14 +22,21 @@ HEADER = types.CPointer(types.int64)
 ADDRESS = types.int64  # of the header, as Python passes it; and of other things
 
 
-def inner(signature):
+def inner(signature: Any) -> Any:
     """Compile a kernel that only kernels call."""
-    return njit(signature, nogil=True, no_cpython_wrapper=True)
+    options: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True}
+    return njit(signature, **options)
 
 
-def entry(signature):
+def entry(signature: Any) -> Any:
     """Compile a kernel that Python calls."""
     return njit(signature, nogil=True)
+
+
+def instruction(function: Callable) -> Any:
+    """Be numba's ``intrinsic``, whose type leaves the typing context among the arguments."""
+    return intrinsic(function)
+
 
 # Four hash tables, each described by eleven consecutive words of the header from its base on.
 # Their rows: [key u64][u32 that is 0 while the row is free][u32 next free row, or payload] …
@@ -35,13 +45,14 @@ TABLES = (BLOCKS, NAMES, COUNTS, SETS)
 ROWS, STRIDE, HIGH, FREE, LIVE, LIMIT, INDEX, BITS, OLD, OLD_BITS, MOVED = range(11)
 
 # Words of the header outside the tables.
-AGES, WIDE, MEMBERS, MASK, DEAD, VICTIM = range(64, 70)  # addresses
-SET_WORDS, EPOCH, EPOCH_LEFT, EPOCH_LENGTH, SWEEP_TABLE, SWEEP_ROW = range(70, 76)
-ADD_FROM, ADD_BIT, ADD_TO, DROP_FROM, DROP_BIT, DROP_TO = range(76, 82)  # memos of set changes
-SEED, REPLACED, LAST_ROW, DONE, UNKNOWN = range(82, 87)
+AGES, WIDE, MEMBERS, MASK, DEAD, VICTIM, KEYS = range(64, 71)  # addresses
+SET_WORDS, EPOCH, EPOCH_LEFT, EPOCH_LENGTH, SWEEP_TABLE, SWEEP_ROW = range(71, 77)
+ADD_FROM, ADD_BIT, ADD_TO, DROP_FROM, DROP_BIT, DROP_TO = range(77, 83)  # memos of set changes
+SEED, REPLACED, LAST_ROW, DONE, UNKNOWN = range(83, 88)
 HEADER_SIZE = 96
-ADDRESSES = (AGES, WIDE, MEMBERS, MASK, DEAD, VICTIM) + tuple(
-    table + word for table in TABLES for word in (ROWS, INDEX, OLD)
+ADDRESSES = (
+    *(AGES, WIDE, MEMBERS, MASK, DEAD, VICTIM, KEYS),
+    *(table + word for table in TABLES for word in (ROWS, INDEX, OLD)),
 )
 
 # Columns of the members array, one row of eight int64 per bit of a holder set.
@@ -53,8 +64,9 @@ WIDE_WORDS = 5  # an engine hash of up to 32 bytes, and its length
 NAMED = np.uint16(1 << 15)  # in ages: the block has rows in NAMES; the other bits are the epoch
 EPOCH_MASK = (1 << 15) - 1
 
-def _pointer_to(width: int, pointed: types.Type):
-    @intrinsic
+
+def _pointer_to(width: int, pointed: types.Type) -> Any:
+    @instruction
     def pointer(_context, address):
         if address not in (types.int64, types.uint64):
             raise TypingError("an address has 64 bits")
@@ -95,7 +107,7 @@ def i64(header, word):
     return header_at(header[word])
 
 
-@intrinsic
+@instruction
 def trailing_zeros(_context, word):
     """Return the number of the lowest set bit; 64 for zero."""
     if word != types.uint64:
@@ -107,7 +119,7 @@ def trailing_zeros(_context, word):
     return types.int64(types.uint64), build
 
 
-@intrinsic
+@instruction
 def _prefetch(_context, pointer):
     def build(_ctx, builder, _sig, args):
         byte_pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)

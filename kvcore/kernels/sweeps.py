@@ -36,7 +36,7 @@ from kvcore.kernels.memory import (
     u32,
     u64,
 )
-from kvcore.kernels.sets import contains, give, without_holder
+from kvcore.kernels.sets import give, without_holder
 from kvcore.kernels.table import delete, has_room
 
 _I, _U, _B = types.int64, types.uint64, types.boolean

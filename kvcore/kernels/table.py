@@ -10,6 +10,7 @@ import numpy as np
 from numba import types
 
 from kvcore.kernels.memory import (
+    ADDRESS,
     BITS,
     FREE,
     HEADER,
@@ -20,7 +21,6 @@ from kvcore.kernels.memory import (
     MOVED,
     OLD,
     OLD_BITS,
-    ADDRESS,
     ROWS,
     STRIDE,
     entry,

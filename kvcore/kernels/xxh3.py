@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0917  # kernels take no keywords
 """XXH3-64 over 32-bit words, and the chain of block keys made of it.
 
 Source: the xxHash specification (XXH3, 64 bits, seeded), whose test twin is the ``xxhash``
@@ -11,9 +12,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
-from numba.extending import intrinsic
 
-from kvcore.kernels.memory import entry, inner, pointer32, pointer64
+from kvcore.kernels.memory import entry, inner, instruction, pointer32, pointer64
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
@@ -41,7 +41,7 @@ _4 = np.uint64(4)
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-@intrinsic
+@instruction
 def _fold(_context, a, b):
     """Low half xor high half of the 128-bit product: one multiplication on x86 and Arm."""
     if a != types.uint64 or b != types.uint64:
@@ -56,7 +56,7 @@ def _fold(_context, a, b):
     return types.uint64(types.uint64, types.uint64), build
 
 
-@intrinsic
+@instruction
 def _byteswap(_context, a):
     if a != types.uint64:
         raise TypingError("the operand must be uint64")

@@ -9,7 +9,7 @@ import numpy as np
 # The driver loads this file by its path, from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kvcore.index import BlockIndex, EventRun  # noqa: E402  # after the path is set
+from kvcore.index import BlockIndex, EventRun  # after the path is set
 
 BLOCK_SIZE = 16  # tokens, of the workload
 

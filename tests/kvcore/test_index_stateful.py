@@ -66,24 +66,24 @@ class IndexMachine(RuleBasedStateMachine):
         block_size=st.sampled_from(BLOCK_SIZES),
         extras=st.sampled_from([None, None, {0: b"image"}]),
     )
-    def store(self, holder, some, parent, tokens, extra, root, block_size, extras):
+    def store(self, *, holder, some, parent, tokens, extra, root, block_size, extras):
         """Names are arbitrary: they repeat, clash, and follow parents nobody has seen."""
         some = [n for n in some if isinstance(n, bytes) == isinstance(some[0], bytes)]
         tokens = (tokens * 2)[: block_size * (len(some) + extra)]
-        self._store(holder, some, parent, tokens, block_size, root, extras)
+        self._store(holder, some, parent, tokens, block_size=block_size, root=root, extras=extras)
 
     @rule(holder=holders, tokens=tokens, n=st.integers(1, 4), root=st.sampled_from(ROOTS))
     def store_by_keys(self, holder, tokens, n, root):
         """Publishers of RFC keys name blocks by our own keys."""
         some = naive.hash_blocks(tokens[:n], 1, root)
-        self._store(holder, some, None, tokens[:n], 1, root, None)
+        self._store(holder, some, None, tokens[:n], root=root)
 
     @rule(holder=holders, tokens=tokens, at=st.integers(1, 3), root=st.sampled_from(ROOTS))
     def store_after_key(self, holder, tokens, at, root):
         some = naive.hash_blocks(tokens, 1, root)
-        self._store(holder, some[at:], some[at - 1], tokens[at:], 1, None, None)
+        self._store(holder, some[at:], some[at - 1], tokens[at:])
 
-    def _store(self, holder, some, parent, tokens, block_size, root, extras):
+    def _store(self, holder, some, parent, tokens, *, block_size=1, root=None, extras=None):
         before = self.model.waiting_blocks()
         result = self.index.store(
             self.id_of(holder),
@@ -94,7 +94,9 @@ class IndexMachine(RuleBasedStateMachine):
             root=root,
             extras=extras,
         )
-        self.model.store(holder, some, parent, tokens, block_size, root, extras)
+        self.model.store(
+            holder, some, parent, tokens, block_size=block_size, root=root, extras=extras
+        )
         assert result.stored + result.waiting == len(some)
         if not result.waiting:
             assert result.joined == before - self.model.waiting_blocks()
