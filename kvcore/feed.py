@@ -8,9 +8,20 @@ cannot be indexed exactly leaves a doubt that the pod's state shows until its ca
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvcore.errors import InvalidInputError
-from kvcore.events import BlockRemoved, BlockStored, EventBatch
+from kvcore.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    EventBatch,
+    Hashes,
+)
+from kvcore.hashing import hash_blocks
 from kvcore.index import BlockIndex
+from kvcore.tokens import Tokens
 
 ModelRoot = Callable[[str, str | None, str | None], int]  # (model, adapter, salt) -> namespace
 
@@ -56,12 +67,13 @@ class Feed:
         self.counters = FeedCounters()
         self.doubt: str | None = None  # the first reason why the blocks are not exact
         self._holders: dict[tuple[str | None, int | None], int] = {}
+        self._windowed: set[int] = set()  # groups with a sliding window
         self._attention: dict[int, tuple[str | None, int | None]] = {}
         self._roots: dict[tuple[str | None, str | None], int] = {}
 
     def apply(self, batch: EventBatch) -> None:
         """Apply a batch's events in order; what it cannot use is counted, and never raises."""
-        for event in batch.events:
+        for event in self._in_order(batch.events):
             try:
                 if isinstance(event, BlockStored):
                     self._store(event)
@@ -78,6 +90,22 @@ class Feed:
                 self._refuse(f"a {skipped.kind} event has bad fields ({skipped.reason})", count=0)
             else:
                 self.counters.unknown_events += 1
+
+    def _in_order(self, events: list[Event]) -> list[Event]:
+        """Put full attention first where it matters: sliding groups name blocks by its hashes."""
+        for event in events:
+            if isinstance(event, BlockStored) and event.kv_cache_spec_sliding_window:
+                self._windowed.add(event.group_idx or 0)
+        if not self._windowed or len(events) < 2:
+            return events
+        epoch, keys = 0, []
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                epoch += 1
+                keys.append((2 * epoch, 0))
+            else:
+                keys.append((2 * epoch + 1, int((event.group_idx or 0) in self._windowed)))
+        return [events[i] for i in sorted(range(len(events)), key=keys.__getitem__)]
 
     def clear(self) -> int:
         """Drop the rank's blocks, and with them every doubt; return how many there were."""
@@ -103,17 +131,67 @@ class Feed:
         if event.is_bigram:
             self._doubt("EAGLE token pairs: a block also depends on the token after it")
         root, extras = self._namespace(event)
-        result = self._index.store(
-            holder,
-            event.block_hashes,
-            event.parent_block_hash,
-            event.token_ids,
-            block_size=event.block_size,
-            root=root,
-            extras=extras,
+        if (event.group_idx or 0) in self._windowed and self._store_windowed(
+            holder, event, root, extras
+        ):
+            return
+        self._store_run(
+            holder, event.block_hashes, event.parent_block_hash, event.token_ids, root, extras
         )
-        self.counters.blocks_stored += len(event.block_hashes)
+
+    def _store_run(  # noqa: PLR0917  # a run of blocks is these six
+        self,
+        holder: int,
+        hashes: Hashes,
+        parent: int | bytes | None,
+        tokens: Tokens,
+        root: int | None,
+        extras: dict[int, bytes] | None,
+    ) -> None:
+        result = self._index.store(
+            holder, hashes, parent, tokens, block_size=self._block_size, root=root, extras=extras
+        )
+        self.counters.blocks_stored += len(hashes)
         self.counters.replaced_blocks += result.replaced
+
+    def _store_windowed(
+        self, holder: int, event: BlockStored, root: int | None, extras: dict[int, bytes] | None
+    ) -> bool:
+        """Store blocks of a sliding-window group, whose holes the full group fills.
+
+        Such a group has no blocks outside its windows: neither its parent nor all of its tokens'
+        blocks need be there. Engine hashes are the same in all groups, so the full group, which
+        has them all, tells which blocks are meant. False: it does not know the parent.
+        """
+        groups = [g for g, (kind, _) in self._attention.items() if kind in _FULL_KINDS]
+        full = self._holder(event.medium, min(groups, default=0))
+        parent, size = event.parent_block_hash, self._block_size
+        if parent is not None:
+            root = self._index.key_of(holder, parent) or self._index.key_of(full, parent)
+            if root is None:
+                return False
+        if len(event.block_hashes) * size == event.token_ids.size:
+            self._store_run(holder, event.block_hashes, None, event.token_ids, root, extras)
+            return True
+        keys = hash_blocks(
+            event.token_ids, block_size=size, root=root, extras=extras, seed=self._index.seed
+        ).tolist()
+        names = list(event.block_hashes)
+        known = [self._index.key_of(full, n if isinstance(n, bytes) else int(n)) for n in names]
+        place = {key: number for number, key in enumerate(keys)}
+        for name, key in zip(names, known, strict=True):
+            if key not in place:
+                raise InvalidInputError("a sliding group names a block that the full one does not")
+            at = place[key]
+            self._store_run(
+                holder,
+                [name] if isinstance(name, bytes) else np.array([name], dtype=np.uint64),
+                None,
+                event.token_ids[at * size : (at + 1) * size],
+                keys[at - 1] if at else root,
+                {0: extras[at]} if extras and at in extras else None,
+            )
+        return True
 
     def _remove(self, event: BlockRemoved) -> None:
         self.counters.removed_events += 1
