@@ -261,6 +261,11 @@ class BlockIndex:
         word, wide = encode_one(name)
         return events.resolve(self._address, self.members.scopes[scope], np.uint64(word), wide)
 
+    def key_of(self, holder: int, name: EngineHash) -> int | None:
+        """Return the key of the block that the holder's pod, rank and group call ``name``."""
+        row = self._resolve(self.members.names[holder].scope, name)
+        return int(self.memory.rows(m.BLOCKS)[row, 0]) if row else None
+
     def settle(self, n_blocks: int) -> int:
         """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
         if self.members.dead_bits:
