@@ -1,0 +1,433 @@
+"""Chat templates, compiled and rendered as transformers 5 does it, with jinja2 alone.
+
+A template is the model's own code and runs in Jinja's immutable sandbox. The sandbox
+confines what a template can reach, not what it can burn: a template from a request
+belongs into a process with limits (``deployments/sandbox.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import BuiltinMethodType
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import meta, nodes
+from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from kvcore.content_format import ContentFormat, detect_content_format
+from kvcore.errors import RenderError, TemplateSyntaxError
+
+Message = Mapping[str, Any]
+"""One message of a chat, as parsed from JSON."""
+Templates = str | Mapping[str, str]
+"""What a model brings: one template, or several by name."""
+
+# Where a template reads a message's reasoning; the first name is the usual one.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# No template can name this variable, so neither can a request.
+_SPANS = "generation spans"
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """A compiled template; it never changes, and threads may share it.
+
+    Compiling takes 3-48 ms, so keep it by its text.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Compile ``text``.
+
+        Raises:
+            TemplateSyntaxError: Jinja cannot compile it.
+        """
+        self.text = text
+        try:
+            tree = _ENVIRONMENT.parse(text)
+            self.content_format: ContentFormat = detect_content_format(tree)
+            self.variables = frozenset(meta.find_undeclared_variables(tree))
+            self._template = _ENVIRONMENT.from_string(text)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TemplateSyntaxError(f"the chat template does not compile: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        now: datetime,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+    ) -> str:
+        """Render a chat to the prompt's text.
+
+        Args:
+            messages: At least one; a key whose value is None counts as absent.
+            now: Local time, for templates that write the date.
+            tools: As the template expects them; None and ``[]`` can differ.
+            documents: As the template expects them.
+            variables: Further variables: special tokens, then the request's own.
+            add_generation_prompt: Open the assistant's turn at the end.
+            continue_final_message: End inside the last message, after its
+                ``content`` or the field named here.
+
+        Raises:
+            RenderError: The chat is empty, or the template refuses it or fails on it.
+        """
+        if not messages:
+            raise RenderError(
+                "Cannot apply chat template to an empty conversation. Provide at least one message."
+            )
+        if continue_final_message and add_generation_prompt:
+            raise RenderError(_CONTINUE_AND_GENERATE)
+        chat = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
+        return self.render_as_given(
+            chat,
+            now=now,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+
+    def render_as_given(
+        self,
+        messages: Sequence[Message],
+        *,
+        now: datetime,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        spans: list[tuple[int, int]] | None = None,
+    ) -> str:
+        """Render without the checks of `render`; None stays a value.
+
+        ``spans``, where given, receives the start and end, in characters, of each
+        ``{% generation %}`` block: what the assistant wrote.
+        """
+        chat = [_alias_reasoning(message) for message in messages]
+        given = {
+            "messages": chat,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": now.strftime,
+            **(variables or {}),
+        }
+        if continue_final_message:
+            field = continue_final_message if isinstance(continue_final_message, str) else "content"
+            final = self._mark_final_message(chat, field)
+            return _cut_at_mark(self._run(given, spans), final)
+        return self._run(given, spans)
+
+    def _run(self, given: dict[str, Any], spans: list[tuple[int, int]] | None) -> str:
+        try:
+            if spans is None:
+                return self._template.render(given)
+            written: list[str] = []
+            given[_SPANS] = (written, spans)
+            # Piece by piece, so that a generation block knows how much precedes it.
+            for piece in self._template.generate(given):
+                written.append(piece)  # noqa: PERF402 - the block reads the list meanwhile
+            return "".join(written)
+        except Exception as error:  # a template is foreign code and can raise anything
+            raise RenderError(str(error)) from error
+
+    def _mark_final_message(self, chat: list[dict[str, Any]], field: str) -> str:
+        """Put the tag behind the last message's text; returns that text."""
+        if not chat:
+            raise RenderError("continue_final_message is set but the conversation is empty!")
+        last = chat[-1] = dict(chat[-1])
+        final = last.get(field)
+        if final is None:
+            raise RenderError(
+                f'continue_final_message is set but the final message has no "{field}" to continue!'
+            )
+        fields = [field]
+        if field in _REASONING_FIELDS:
+            fields = [name for name in _REASONING_FIELDS if last.get(name) == final]
+        if not any(name in self.text for name in fields):
+            raise RenderError(
+                f'continue_final_message is set to "{field}" but this is not an accepted field '
+                "in the chat_template"
+            )
+        if isinstance(final, str):
+            for name in fields:
+                last[name] = final + _TAG
+            return final
+        if isinstance(final, list):
+            parts = last[field] = list(final)
+            for at in reversed(range(len(parts))):
+                if "text" in parts[at]:
+                    final = parts[at]["text"]
+                    parts[at] = {**parts[at], "text": final + _TAG}
+                    return final
+        raise RenderError(
+            "continue_final_message is set but we could not find any text to continue in the "
+            "final message!"
+        )
+
+
+def choose_template(
+    templates: Templates | None, *, named: str | None = None, tools: object | None = None
+) -> str:
+    """Return the text of the template that transformers takes.
+
+    Args:
+        templates: The model's.
+        named: The request's choice: a name, or else a template's text.
+        tools: Whatever the request brought; ``[]`` counts as tools here.
+
+    Raises:
+        RenderError: The model has no template, or several and no default.
+    """
+    if isinstance(templates, Mapping):
+        if named is not None:
+            return templates.get(named, named)
+        if tools is not None and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" in templates:
+            return templates["default"]
+        raise RenderError(
+            "This model has multiple chat templates with no default specified! Please either "
+            "pass a chat template or the name of the template you wish to use to the "
+            "`chat_template` argument. Available template names are "
+            f"{sorted(templates)}."
+        )
+    if named is not None:
+        return named
+    if templates is None:
+        raise RenderError("the model has no chat template: send a prompt, not messages")
+    return templates
+
+
+def collect_templates(
+    tokenizer_config: Mapping[str, Any], jinja: str | None, additional: Mapping[str, str]
+) -> Templates | None:
+    """Return a model's templates; files replace what ``tokenizer_config.json`` holds.
+
+    Args:
+        tokenizer_config: Parsed ``tokenizer_config.json``.
+        jinja: Text of ``chat_template.jinja``.
+        additional: Texts of ``additional_chat_templates/*.jinja`` by stem.
+    """
+    if additional:
+        return {**({} if jinja is None else {"default": jinja}), **additional}
+    if jinja is not None:
+        return jinja
+    configured = tokenizer_config.get("chat_template")
+    if isinstance(configured, list):
+        return {entry["name"]: entry["template"] for entry in configured}
+    return configured
+
+
+def collect_special_tokens(
+    tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return the special tokens that templates may name, such as ``bos_token``.
+
+    Unset ones are left out: to a template they are undefined, not None.
+    """
+    found = dict(tokenizer_config)
+    if "added_tokens_decoder" not in tokenizer_config:
+        found.update(special_tokens_map or {})
+    extra = found.get("extra_special_tokens")
+    if isinstance(extra, Mapping):
+        found.update(extra)
+    tokens = {}
+    for key, value in found.items():
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _alias_reasoning(message: Message) -> dict[str, Any]:
+    for field in _REASONING_FIELDS:
+        reasoning = message.get(field)
+        if reasoning is not None:
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return dict(message)
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+    mark = _TAG.strip()
+    if final.strip() not in text or mark not in text:
+        raise RenderError(
+            "continue_final_message is set but the final message does not appear in the chat "
+            "after applying the chat template! This can happen if the chat template deletes "
+            "portions of the final message. Please verify the chat template and final message "
+            "in your chat to ensure they are compatible."
+            f"Final message to continue: {final.strip()}\nRendered chat:\n{text}"
+        )
+    at = text.rindex(mark)
+    if text.startswith(_TAG, at):
+        return text[:at]
+    # The template trims messages, so it would have trimmed this one's end as well.
+    return text[:at].rstrip()
+
+
+_CONTINUE_AND_GENERATE = (
+    "continue_final_message and add_generation_prompt are not compatible. "
+    "Use continue_final_message when you want the model to continue the final message, and "
+    "add_generation_prompt when you want to add a header that will prompt it to start a new "
+    "assistant message instead."
+)
+
+
+# The environment that templates see.
+
+_PUBLIC_METHODS = {
+    str: frozenset(n for n in dir(str) if n[0] != "_") - {"format", "format_map"},
+    dict: frozenset({"items", "keys", "values", "get", "copy", "fromkeys"}),
+    list: frozenset({"index", "count", "copy"}),
+}
+_OF_DICT = frozenset(dir(dict))
+_PLAIN = frozenset({str, int, float, bool, list, dict, type(None)})
+_ABSENT: Any = object()
+
+
+class _Namespace(Namespace):
+    """``namespace(...)``: refuses private names, which lead to Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]  # so that a template can call namespace(self=...)
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _refuse_private(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the private name {name!r}")
+
+
+class _Dict:
+    """``dict(...)`` without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}``: marks what the assistant wrote; the text is unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call block, as in transformers: what is set inside does not leak out.
+        call = self.call_method("note_span", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def note_span(self, context: Context, caller: Macro) -> str:
+        text = caller()
+        noting = context.get(_SPANS)
+        if noting is not None:
+            written, spans = noting
+            start = sum(map(len, written))
+            spans.append((start, start + len(text)))
+        return text
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox, with short ways for plain JSON values.
+
+    Each short way returns what the sandbox would return after its checks: those are
+    about names with underscores, mutating methods and ``str.format``, and none of
+    the names let through here is one.
+    """
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICT:
+            value = obj.get(attribute, _ABSENT)
+            return self.undefined(obj=obj, name=attribute) if value is _ABSENT else value
+        if attribute in _PUBLIC_METHODS.get(kind, ()):
+            return getattr(obj, attribute)
+        if kind is _Namespace and attribute[0] != "_":
+            value = getattr(obj, attribute, _ABSENT)
+            if type(value) in _PLAIN:
+                return value
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(obj) is dict and type(argument) is str and argument not in _OF_DICT:
+            value = obj.get(argument, _ABSENT)
+            return self.undefined(obj=obj, name=argument) if value is _ABSENT else value
+        return super().getitem(obj, argument)
+
+    # The names are Jinja's: it passes the template's own keywords along.
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        if type(__obj) is BuiltinMethodType and not kwargs:
+            return __obj(*args)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON with blanks after separators and no HTML escapes, unlike Jinja's own."""
+    if not (ensure_ascii or indent is not None or separators or sort_keys):
+        return _encode(value)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _build_environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    names: dict[str, Callable[..., Any]] = {
+        "raise_exception": _raise_exception,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    environment.globals.update(names)
+    return environment
+
+
+_ENVIRONMENT = _build_environment()
