@@ -53,6 +53,7 @@ class ChatTemplate:
             tree = _ENVIRONMENT.parse(text)
             self.content_format: ContentFormat = detect_content_format(tree)
             self.variables = frozenset(meta.find_undeclared_variables(tree))
+            self.knows_developer = '"developer"' in text or "'developer'" in text
             self._template = _ENVIRONMENT.from_string(text)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateSyntaxError(f"the chat template does not compile: {error}") from error
@@ -143,7 +144,7 @@ class ChatTemplate:
             given[_SPANS] = (written, spans)
             # Piece by piece, so that a generation block knows how much precedes it.
             for piece in self._template.generate(given):
-                written.append(piece)  # noqa: PERF402 - the block reads the list meanwhile
+                written.append(piece)
             return "".join(written)
         except Exception as error:  # a template is foreign code and can raise anything
             raise RenderError(str(error)) from error
