@@ -31,6 +31,7 @@ from kvcore.errors import (
     HubError,
     HubTimeoutError,
     ModelDamagedError,
+    ModelError,
     ModelForbiddenError,
     ModelNotFoundError,
     ModelUnsupportedError,
@@ -248,39 +249,41 @@ def _ask(name: str, settings: ModelsSettings, question: Callable[[], _Answer]) -
 def _name_errors(name: str, question: Callable[[], _Answer]) -> _Answer:
     try:
         return question()
-    except GatedRepoError as error:
-        raise ModelForbiddenError(
-            f"{name} is gated: accept its licence on the hub and set HF_TOKEN"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise ModelForbiddenError(
-                f"the hub has no {name} for this HF_TOKEN: it does not exist or is private"
-            ) from error
-        raise ModelNotFoundError(f"the hub has no model {name} at that revision") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise ModelForbiddenError(
-                f"the hub refuses {name} to this HF_TOKEN ({status})"
-            ) from error
-        if status == 429:
-            raise HubBusyError(f"the hub is rate limiting; {name} could not be fetched") from error
-        raise HubError(f"the hub answered {status} for {name}") from error
-    except httpx2.TimeoutException as error:
-        raise HubTimeoutError(f"the hub did not answer in time for {name}") from error
+        raise _refusal(name, error) from error
     except EntryNotFoundError as error:
         # hf_hub_download hides a lost connection behind "not in the cache".
-        if isinstance(error.__cause__, httpx2.TimeoutException):
-            raise HubTimeoutError(f"the hub did not answer in time for {name}") from error
-        raise HubError(
-            f"the hub cannot be reached for {name}: {error.__cause__ or error}"
-        ) from error
-    except (httpx2.RemoteProtocolError, OSError) as error:
-        if isinstance(error, ConnectionError):
-            raise HubError(f"the hub cannot be reached for {name}: {error}") from error
-        raise ModelDamagedError(f"a file of {name} arrived incomplete: {error}") from error
-    except httpx2.HTTPError as error:
-        raise HubError(f"the hub cannot be reached for {name}: {error}") from error
-    except ValueError as error:  # an answer that is not the hub's
-        raise HubError(f"the hub's answer for {name} makes no sense: {error}") from error
+        raise _disturbance(name, error.__cause__ or error) from error
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        raise _disturbance(name, error) from error
+
+
+def _refusal(name: str, error: HfHubHTTPError) -> ModelError:
+    """The hub answered, but not with what was asked for."""
+    status = error.response.status_code if error.response is not None else None
+    if isinstance(error, GatedRepoError):
+        return ModelForbiddenError(f"{name} is gated: accept its licence, and set HF_TOKEN")
+    if status in (401, 403):
+        return ModelForbiddenError(
+            f"the hub does not give {name} to this HF_TOKEN ({status}): it is private or unknown"
+        )
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+        return ModelNotFoundError(f"the hub has no model {name} at that revision")
+    if status == 429:
+        return HubBusyError(f"the hub is rate limiting; {name} could not be fetched")
+    return HubError(f"the hub answered {status} for {name}")
+
+
+def _disturbance(name: str, error: BaseException) -> ModelError:
+    """The hub did not answer, or not to the end."""
+    if isinstance(error, httpx2.TimeoutException):
+        return HubTimeoutError(f"the hub did not answer in time for {name}")
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(name, error)
+    if isinstance(error, (httpx2.HTTPError, ConnectionError)) and not isinstance(
+        error, httpx2.RemoteProtocolError
+    ):
+        return HubError(f"the hub cannot be reached for {name}: {error}")
+    if isinstance(error, ValueError):
+        return HubError(f"the hub's answer for {name} makes no sense: {error}")
+    return ModelDamagedError(f"a file of {name} arrived incomplete: {error}")

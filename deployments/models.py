@@ -213,7 +213,7 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
             if file.startswith("additional_chat_templates/")
         },
     )
-    texts = templates.values() if isinstance(templates, dict) else [templates] if templates else []
+    texts = [templates] if isinstance(templates, str) else (templates or {}).values()
     warning = _rebuilt(config, tokenizer_config)
     if warning:
         log.warning("%s: %s", name, warning)

@@ -11,10 +11,11 @@ from typing import Any
 from deployments.models import Model, ModelStore
 from deployments.settings import ModelsSettings, RendererSettings
 from kvcore.chat import PreparedChat, check_fields, find_surrogate, prepare_chat, requested_tools
+from kvcore.content_format import ContentFormat
 from kvcore.errors import (
+    InvalidFieldError,
     ModelUnsupportedError,
     PromptTooLongError,
-    RequestFieldError,
 )
 from kvcore.templates import ChatTemplate
 
@@ -52,7 +53,7 @@ class Renderer:
         """Render an OpenAI chat request, parsed from JSON.
 
         Raises:
-            RequestFieldError: Names a field that is wrong or cannot be honoured.
+            InvalidFieldError: Names a field that is wrong or cannot be honoured.
             RenderError: The template refuses the chat or fails on it.
             PromptTooLongError: Too many messages or characters.
             ModelError: The model is not to be had; the subclass says why.
@@ -61,9 +62,9 @@ class Renderer:
         self._check_size(request)
         name = request.get("model")
         if not isinstance(name, (str, type(None))):
-            raise RequestFieldError("model", "must be a string")
+            raise InvalidFieldError("model", "must be a string")
         if request.get("chat_template") is not None:
-            raise RequestFieldError("chat_template", "may not come with a request here")
+            raise InvalidFieldError("chat_template", "may not come with a request here")
         model = await self._store.get(name)
         if model.rendered_by is not None:
             raise ModelUnsupportedError(
@@ -92,7 +93,7 @@ class Renderer:
         """
         await self._store.get()
 
-    def _content_format(self, template: ChatTemplate) -> Any:
+    def _content_format(self, template: ChatTemplate) -> ContentFormat:
         configured = self._settings.content_format
         return template.content_format if configured == "auto" else configured
 

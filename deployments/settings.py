@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,7 +50,7 @@ class RendererSettings(Section):
     max_chars: Annotated[int, Field(ge=1)] = 8 << 20  # of all messages and tools of a request
     max_messages: Annotated[int, Field(ge=1)] = 20_000
     default_template_kwargs: dict[str, object] = {}  # the engines' --default-chat-template-kwargs
-    content_format: str = Field("auto", pattern="^(auto|string|openai)$")
+    content_format: Literal["auto", "string", "openai"] = "auto"
     exclude_tools_when_tool_choice_none: bool = False
     trust_request_chat_template: bool = False  # render a request's own template, within limits
     request_template_timeout_s: Positive = 2.0

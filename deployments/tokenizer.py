@@ -72,11 +72,15 @@ class Tokenizer:
             ModelError: Neither it nor the embedded one is to be had.
         """
         await self._store.get()
-        return self.models()
+        return await self.models()
 
-    def models(self) -> list[ModelStatus]:
+    async def models(self) -> list[ModelStatus]:
         """Return the configured and the loaded models, the default one first."""
         return [_status(name, model) for name, model in self._store.known().items()]
+
+    async def loaded(self) -> list[ModelStatus]:
+        """Return the models that are ready for use."""
+        return [status for status in await self.models() if status.is_loaded]
 
 
 def _status(name: str, model: Model | None) -> ModelStatus:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcore.content_format import ContentFormat
-from kvcore.errors import RequestFieldError
+from kvcore.errors import InvalidFieldError
 
 Json = Any
 """A value as ``json.loads`` gives it."""
@@ -68,10 +68,14 @@ _REFUSED_FIELDS = {
 }
 # Parameters of the call that renders, which a request must not reach as template variables.
 _RESERVED_VARIABLES = frozenset({
-    "chat_template", "conversation", "max_length", "messages", "padding", "return_assistant_tokens_mask",
-    "return_dict", "return_tensors", "sanitize_control_tokens", "self", "tokenize",
-    "tokenizer_kwargs", "tools", "truncation",
+    "chat_template", "conversation", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 })  # fmt: skip
+_REFUSED_MESSAGE_FIELDS = {
+    "function_call": "is deprecated; use tool_calls",
+    "audio": "cannot be scored; only text can",
+}
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Content parts that are text, and the field that holds it.
 _TEXT_PARTS = {
@@ -91,15 +95,15 @@ def check_fields(request: Mapping[str, Json]) -> None:
     """Refuse a chat request for a field that could change the prompt unseen.
 
     Raises:
-        RequestFieldError: Names the field.
+        InvalidFieldError: Names the field.
     """
     for field, value in request.items():
         if field in _PROMPT_FIELDS or field in _OTHER_FIELDS or value is None:
             continue
-        raise RequestFieldError(field, _REFUSED_FIELDS.get(field, "is not a known field"))
+        raise InvalidFieldError(field, _REFUSED_FIELDS.get(field, "is not a known field"))
     transfer = request.get("kv_transfer_params")
     if isinstance(transfer, Mapping) and transfer.get("prompt_token_ids"):
-        raise RequestFieldError(
+        raise InvalidFieldError(
             "kv_transfer_params.prompt_token_ids", "replaces the messages; send it as a prompt"
         )
 
@@ -110,35 +114,35 @@ def requested_tools(
     """Return the request's tools in the form that vLLM hands to templates.
 
     Raises:
-        RequestFieldError: They are not what OpenAI's API defines.
+        InvalidFieldError: They are not what OpenAI's API defines.
     """
     tools, choice = request.get("tools"), request.get("tool_choice")
     if tools is None:
         if choice not in (None, "none"):
-            raise RequestFieldError("tool_choice", "needs tools")
+            raise InvalidFieldError("tool_choice", "needs tools")
         return None
     if not isinstance(tools, list) or not tools:
-        raise RequestFieldError("tools", "must be an array with at least one tool")
+        raise InvalidFieldError("tools", "must be an array with at least one tool")
     normal = [_normal_tool(tool, f"tools[{at}]") for at, tool in enumerate(tools)]
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
         if name not in [tool["function"]["name"] for tool in normal]:
-            raise RequestFieldError("tool_choice", "names none of the tools")
+            raise InvalidFieldError("tool_choice", "names none of the tools")
     elif choice not in (None, "none", "auto", "required"):
-        raise RequestFieldError("tool_choice", 'must be "none", "auto", "required" or a tool')
+        raise InvalidFieldError("tool_choice", 'must be "none", "auto", "required" or a tool')
     return None if choice == "none" and exclude_when_none else normal
 
 
 def _normal_tool(tool: Json, field: str) -> dict[str, Json]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-        raise RequestFieldError(field, 'must be {"type": "function", "function": {…}}')
+        raise InvalidFieldError(field, 'must be {"type": "function", "function": {…}}')
     if not isinstance(function.get("name"), str):
-        raise RequestFieldError(f"{field}.function.name", "must be a string")
+        raise InvalidFieldError(f"{field}.function.name", "must be a string")
     for key, kind in (("description", str), ("parameters", Mapping), ("strict", bool)):
         if not isinstance(function.get(key), (kind, type(None))):
-            raise RequestFieldError(f"{field}.function.{key}", "has the wrong type")
+            raise InvalidFieldError(f"{field}.function.{key}", "has the wrong type")
     defer = tool.get("defer_loading")
     normal = {key: function.get(key) for key in ("name", "description", "parameters")}
     for key, value in (
@@ -169,11 +173,11 @@ def prepare_chat(
         defaults: The engine's own template variables; the request's win.
 
     Raises:
-        RequestFieldError: Names the field that is wrong or cannot be honoured.
+        InvalidFieldError: Names the field that is wrong or cannot be honoured.
     """
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RequestFieldError("messages", "must be an array with at least one message")
+        raise InvalidFieldError("messages", "must be an array with at least one message")
     chat = [
         _prepare_message(message, f"messages[{at}]", content_format)
         for at, message in enumerate(messages)
@@ -183,14 +187,14 @@ def prepare_chat(
     generate = _flag(request, "add_generation_prompt", True)
     resume = _flag(request, "continue_final_message", False)
     if resume and request.get("add_generation_prompt"):
-        raise RequestFieldError(
+        raise InvalidFieldError(
             "continue_final_message", "cannot be combined with add_generation_prompt"
         )
     documents = request.get("documents")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(d, Mapping) for d in documents)
     ):
-        raise RequestFieldError("documents", "must be an array of objects")
+        raise InvalidFieldError("documents", "must be an array of objects")
     variables = _variables(request, defaults or {})
     return PreparedChat(
         messages=chat,
@@ -212,22 +216,22 @@ def _flag(request: Mapping[str, Json], field: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise RequestFieldError(field, "must be true or false")
+        raise InvalidFieldError(field, "must be true or false")
     return value
 
 
 def _variables(request: Mapping[str, Json], defaults: Mapping[str, Json]) -> dict[str, Json]:
     own = request.get("chat_template_kwargs") or {}
     if not isinstance(own, Mapping):
-        raise RequestFieldError("chat_template_kwargs", "must be an object")
+        raise InvalidFieldError("chat_template_kwargs", "must be an object")
     for name in own:
         if name in _RESERVED_VARIABLES or name.startswith("_"):
-            raise RequestFieldError(f"chat_template_kwargs.{name[:100]}", "may not be set")
+            raise InvalidFieldError(f"chat_template_kwargs.{name[:100]}", "may not be set")
     own = dict(own)
     effort = request.get("reasoning_effort")
     if effort is not None:
         if effort not in _EFFORTS:
-            raise RequestFieldError("reasoning_effort", f"must be one of {', '.join(_EFFORTS)}")
+            raise InvalidFieldError("reasoning_effort", f"must be one of {', '.join(_EFFORTS)}")
         own["reasoning_effort"] = effort
         # Asking for reasoning switches it on in templates that want to be asked.
         own.setdefault("enable_thinking", effort != "none")
@@ -237,35 +241,17 @@ def _variables(request: Mapping[str, Json], defaults: Mapping[str, Json]) -> dic
 
 def _prepare_message(message: Json, field: str, content_format: ContentFormat) -> dict[str, Json]:
     if not isinstance(message, Mapping):
-        raise RequestFieldError(field, "must be an object")
+        raise InvalidFieldError(field, "must be an object")
     role = message.get("role")
     if not isinstance(role, str):
-        raise RequestFieldError(f"{field}.role", "must be a string")
-    if message.get("function_call") is not None:
-        raise RequestFieldError(f"{field}.function_call", "is deprecated; use tool_calls")
-    if message.get("audio") is not None:
-        raise RequestFieldError(f"{field}.audio", "cannot be scored; only text can")
+        raise InvalidFieldError(f"{field}.role", "must be a string")
+    for key, reason in _REFUSED_MESSAGE_FIELDS.items():
+        if message.get(key) is not None:
+            raise InvalidFieldError(f"{field}.{key}", reason)
     parts = _text_parts(message.get("content"), f"{field}.content", role)
-    prepared: dict[str, Json] = {"role": role, "content": parts}
-    if content_format == "string" or (
-        role == "tool" and all(part["type"] == "text" for part in parts)
-    ):
-        prepared["content"] = "\n".join(
-            text
-            for part in parts
-            if (text := part.get("text", part.get("name"))) or content_format == "openai"
-        )
+    prepared: dict[str, Json] = {"role": role, "content": _content(parts, role, content_format)}
     if role == "assistant":
-        calls = message.get("tool_calls")
-        if calls:
-            prepared["tool_calls"] = _tool_calls(calls, f"{field}.tool_calls")
-        reasoning = message.get("reasoning")
-        if reasoning is None:
-            reasoning = message.get("reasoning_content")
-        if reasoning is not None:
-            if not isinstance(reasoning, str):
-                raise RequestFieldError(f"{field}.reasoning", "must be a string")
-            prepared["reasoning"] = prepared["reasoning_content"] = reasoning
+        _add_assistant_fields(prepared, message, field)
     elif role == "tool" and "tool_call_id" in message:
         prepared["tool_call_id"] = message["tool_call_id"]
     for key in ("name", "task"):
@@ -276,13 +262,37 @@ def _prepare_message(message: Json, field: str, content_format: ContentFormat) -
     return prepared
 
 
+def _content(parts: list[dict[str, Json]], role: str, content_format: ContentFormat) -> Json:
+    if content_format == "string":
+        texts = [part["text"] if "text" in part else part["name"] for part in parts]
+        return "\n".join(text for text in texts if text)
+    if role == "tool" and all(part["type"] == "text" for part in parts):
+        # Most templates know a tool's answer only as a string.
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _add_assistant_fields(
+    prepared: dict[str, Json], message: Mapping[str, Json], field: str
+) -> None:
+    if message.get("tool_calls"):
+        prepared["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls")
+    reasoning = message.get("reasoning")
+    if reasoning is None:
+        reasoning = message.get("reasoning_content")
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise InvalidFieldError(f"{field}.reasoning", "must be a string")
+        prepared["reasoning"] = prepared["reasoning_content"] = reasoning
+
+
 def _text_parts(content: Json, field: str, role: str) -> list[dict[str, Json]]:
     if content is None:
         return []
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise RequestFieldError(field, "must be a string or an array of parts")
+        raise InvalidFieldError(field, "must be a string or an array of parts")
     parts = []
     for at, part in enumerate(content):
         prepared = _text_part(part, f"{field}[{at}]")
@@ -303,29 +313,29 @@ def _text_part(part: Json, field: str) -> dict[str, Json] | None:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
-        raise RequestFieldError(field, "must be a string or an object")
+        raise InvalidFieldError(field, "must be a string or an object")
     kind = part.get("type")
     if kind == "tool_reference":
         return {"type": kind, "name": part.get("name")}
     if kind not in _TEXT_PARTS:
-        raise RequestFieldError(f"{field}.type", f"{kind!r} cannot be scored; only text can")
+        raise InvalidFieldError(f"{field}.type", f"{kind!r} cannot be scored; only text can")
     text = part.get(_TEXT_PARTS[kind])
     if text is None and kind in ("text", "refusal"):
         return None
     if not isinstance(text, str):
-        raise RequestFieldError(f"{field}.{_TEXT_PARTS[kind]}", "must be a string")
+        raise InvalidFieldError(f"{field}.{_TEXT_PARTS[kind]}", "must be a string")
     extra = {key: value for key, value in part.items() if key not in _PART_FIELDS}
     return {"type": "text", "text": text, **extra}
 
 
 def _tool_calls(calls: Json, field: str) -> list[dict[str, Json]]:
     if not isinstance(calls, list):
-        raise RequestFieldError(field, "must be an array")
+        raise InvalidFieldError(field, "must be an array")
     prepared = []
     for at, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or call.get("type", "function") != "function":
-            raise RequestFieldError(f"{field}[{at}]", 'must be of type "function"')
+            raise InvalidFieldError(f"{field}[{at}]", 'must be of type "function"')
         arguments = _parse_arguments(function.get("arguments"))
         prepared.append({**call, "function": {**function, "arguments": arguments}})
     return prepared
@@ -366,13 +376,13 @@ def find_surrogate(text: str, request: Mapping[str, Json]) -> None:
     """Refuse a rendered ``text`` that is not Unicode, and say where the request has it from.
 
     Raises:
-        RequestFieldError: Names the field that holds half of a surrogate pair.
+        InvalidFieldError: Names the field that holds half of a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         field, at = next(_surrogates(request, ""), ("messages", 0))
-        raise RequestFieldError(
+        raise InvalidFieldError(
             field, f"is not valid Unicode: character {at} is a lone surrogate"
         ) from None
 

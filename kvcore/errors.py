@@ -3,7 +3,7 @@
     KvError
     ├── InvalidInputError          the request cannot be scored as it stands
     │   ├── PromptTooLongError     more tokens or characters than the service accepts
-    │   ├── RequestFieldError      one field of the request, named, is wrong or not to be honoured
+    │   ├── InvalidFieldError      one field of the request, named, is wrong or not to be honoured
     │   ├── RenderError            the chat template refuses the chat, or fails on it
     │   ├── RenderLimitError       a request's own template ran out of its time or memory
     │   └── TemplateSyntaxError    Jinja cannot compile the template
@@ -42,15 +42,15 @@ class PromptTooLongError(InvalidInputError):
         return f"prompt has {self.size:,} {self.unit}, the limit is {self.limit:,}"
 
 
-class RequestFieldError(InvalidInputError):
+class InvalidFieldError(InvalidInputError):
     """One field of the request is wrong, or cannot be honoured."""
 
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(field, reason)  # every argument: Ray pickles by ``args``
-        self.field, self.reason = field, reason  # field as in "messages[2].content[0].type"
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(param, reason)  # every argument: Ray pickles by ``args``
+        self.param, self.reason = param, reason  # param as in "messages[2].content[0].type"
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.reason}"
+        return f"{self.param}: {self.reason}"
 
 
 class RenderError(InvalidInputError):

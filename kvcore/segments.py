@@ -13,26 +13,16 @@ import re
 import string
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from tokenizers import AddedToken
 
-Tokens = NDArray[np.uint32]
+from kvcore.tokens import Tokens
 
 # Surely neither white space nor part of a word, whoever asks.
 _PUNCTUATION = frozenset(string.punctuation) - {"_"}
 # What an entry takes besides its text and ids: dict slot, str and array headers.
 _ENTRY_BYTES = 320
-
-
-class AddedToken(Protocol):
-    """An entry of a tokenizer's added vocabulary, as ``tokenizers`` gives it."""
-
-    content: str
-    lstrip: bool
-    single_word: bool
-    normalized: bool
 
 
 def cut_tokens(added: Collection[AddedToken], *, normalizes: bool) -> list[str]:

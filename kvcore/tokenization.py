@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 
 from kvcore.errors import InvalidInputError, ModelDamagedError
 from kvcore.segments import SegmentCache, cut_tokens
+from kvcore.tokens import Tokens
 
-if find_spec("fastokens"):
+try:
     import fastokens
-else:  # no wheel for this platform: tokenizers does it all
+except ImportError:  # no wheel for this platform: tokenizers does it all
     fastokens = None
-
-Tokens = NDArray[np.uint32]
 
 
 class PromptTokenizer:
@@ -108,6 +105,8 @@ def refuse_surrogates(text: str, field: str = "prompt") -> None:
 
 class _Fast:
     def __init__(self, text: str, cache_bytes: int) -> None:
+        if fastokens is None:
+            raise ModuleNotFoundError("it is not installed")
         self._tokenizer = fastokens.Tokenizer.from_json_str(text)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -174,8 +173,6 @@ def _load_fast(
     text: str, cache_bytes: int, reference: _Reference
 ) -> tuple[_Fast | None, str | None]:
     """The fast backend, or why it is not taken."""
-    if fastokens is None:
-        return None, "fastokens is not installed"
     try:
         fast = _Fast(text, cache_bytes)
         for sample in _check_texts(reference.added):

@@ -10,7 +10,7 @@ from kvcore.templates import ChatTemplate
 from kvcore.tokenization import PromptTokenizer
 
 
-def render(
+def render(  # noqa: PLR0917 - the order of arguments that callers of such a check expect
     template: str,
     messages: list[dict[str, Any]],
     tools: list[Any] | None,
