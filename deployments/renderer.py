@@ -9,15 +9,13 @@ from datetime import datetime
 from typing import Any
 
 from deployments.models import Model, ModelStore
+from deployments.sandbox import TemplateSandbox
 from deployments.settings import ModelsSettings, RendererSettings
-from kvcore.chat import PreparedChat, check_fields, find_surrogate, prepare_chat, requested_tools
-from kvcore.content_format import ContentFormat
-from kvcore.errors import (
-    InvalidFieldError,
-    ModelUnsupportedError,
-    PromptTooLongError,
-)
-from kvcore.templates import ChatTemplate
+from kvcore.chat import ChatOptions, render_request
+from kvcore.chat_fields import check_fields
+from kvcore.errors import InvalidFieldError, ModelUnsupportedError, PromptTooLongError
+from kvcore.templates import ChatTemplate, choose_template
+from kvcore.tool_calls import requested_tools
 
 # Up to here a render takes well below 1 ms, less than a thread's round trip is worth.
 _INLINE_MESSAGES, _INLINE_CHARS = 40, 100_000
@@ -48,6 +46,12 @@ class Renderer:
         self._settings = settings or RendererSettings()
         self._store = store or ModelStore(models)
         self._now = now
+        self._sandbox = TemplateSandbox(self._settings)
+        self._options = ChatOptions(
+            content_format=self._settings.content_format,
+            template_variables=self._settings.default_template_kwargs,
+            exclude_tools_when_none=self._settings.exclude_tools_when_tool_choice_none,
+        )
 
     async def render(self, request: Mapping[str, Any]) -> Rendered:
         """Render an OpenAI chat request, parsed from JSON.
@@ -60,10 +64,11 @@ class Renderer:
         """
         check_fields(request)
         self._check_size(request)
-        name = request.get("model")
-        if not isinstance(name, (str, type(None))):
-            raise InvalidFieldError("model", "must be a string")
-        if request.get("chat_template") is not None:
+        name, named = request.get("model"), request.get("chat_template")
+        for field, value in (("model", name), ("chat_template", named)):
+            if not isinstance(value, (str, type(None))):
+                raise InvalidFieldError(field, "must be a string")
+        if named is not None and not self._settings.trust_request_chat_template:
             raise InvalidFieldError("chat_template", "may not come with a request here")
         model = await self._store.get(name)
         if model.rendered_by is not None:
@@ -71,19 +76,27 @@ class Renderer:
                 f"engines render {model.name}'s chats with {model.rendered_by}, not with its "
                 "template; send the prompt or its token ids instead"
             )
-        tools = requested_tools(
-            request, exclude_when_none=self._settings.exclude_tools_when_tool_choice_none
+        chosen = choose_template(
+            model.templates,
+            named=named,
+            tools=requested_tools(request, exclude_when_none=self._options.exclude_tools_when_none),
         )
-        template = model.template(tools=tools)
-        chat = prepare_chat(
-            request,
-            tools=tools,
-            content_format=self._content_format(template),
-            knows_developer=template.knows_developer,
-            defaults=self._settings.default_template_kwargs,
-        )
-        text = await self._run(template, model, chat, request)
-        return Rendered(text, model.name, chat.add_special_tokens, model.fallback_reason)
+        template = model.compiled.get(chosen)
+        if template is None:
+            text, special = await self._sandbox.render(
+                chosen, request, model.special_tokens, self._options, self._now()
+            )
+        else:
+            text, special = await self._render_own(template, model, request)
+        return Rendered(text, model.name, special, model.fallback_reason)
+
+    async def _render_own(
+        self, template: ChatTemplate, model: Model, request: Mapping[str, Any]
+    ) -> tuple[str, bool]:
+        job = (template, request, model.special_tokens, self._options, self._now())
+        if len(request["messages"]) <= _INLINE_MESSAGES and _count_chars(request) <= _INLINE_CHARS:
+            return render_request(*job)
+        return await asyncio.to_thread(render_request, *job)
 
     async def warm(self) -> None:
         """Load the default model.
@@ -93,33 +106,9 @@ class Renderer:
         """
         await self._store.get()
 
-    def _content_format(self, template: ChatTemplate) -> ContentFormat:
-        configured = self._settings.content_format
-        return template.content_format if configured == "auto" else configured
-
-    async def _run(
-        self, template: ChatTemplate, model: Model, chat: PreparedChat, request: Mapping[str, Any]
-    ) -> str:
-        def render() -> str:
-            text = template.render(
-                chat.messages,
-                tools=chat.tools,
-                documents=chat.documents,
-                variables={
-                    **model.special_tokens,
-                    **{k: v for k, v in chat.variables.items() if k in template.variables},
-                },
-                add_generation_prompt=chat.add_generation_prompt,
-                continue_final_message=chat.continue_final_message,
-                now=self._now(),
-            )
-            if not text.isascii():
-                find_surrogate(text, request)
-            return text
-
-        if len(chat.messages) <= _INLINE_MESSAGES and _count_chars(request) <= _INLINE_CHARS:
-            return render()
-        return await asyncio.to_thread(render)
+    def close(self) -> None:
+        """End the process that waits for a request's template, if there is one."""
+        self._sandbox.close()
 
     def _check_size(self, request: Mapping[str, Any]) -> None:
         messages = request.get("messages")

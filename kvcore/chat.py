@@ -6,16 +6,26 @@ prompt than the engine's would be wrong without a sign.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
 
 from kvcore.content_format import ContentFormat
 from kvcore.errors import InvalidFieldError
+from kvcore.templates import ChatTemplate
+from kvcore.tool_calls import history_calls, requested_tools
 
 Json = Any
 """A value as ``json.loads`` gives it."""
+
+
+class ChatOptions(NamedTuple):
+    """How the engines were started, as far as their prompts depend on it."""
+
+    content_format: Literal["auto", "string", "openai"] = "auto"
+    template_variables: Mapping[str, Json] = {}  # --default-chat-template-kwargs
+    exclude_tools_when_none: bool = False  # --exclude-tools-when-tool-choice-none
 
 
 @dataclass(frozen=True)
@@ -25,53 +35,20 @@ class PreparedChat:
     messages: list[dict[str, Json]]
     tools: list[dict[str, Json]] | None
     documents: list[dict[str, Json]] | None
-    variables: dict[str, Json]  # for the template, unfiltered
+    variables: dict[str, Json]  # what the template uses of the request's own
     add_generation_prompt: bool
     continue_final_message: bool
-    add_special_tokens: bool
+    add_special_tokens: bool  # for the tokenizer
 
 
-# Fields that shape the prompt; all others below do not.
-_PROMPT_FIELDS = frozenset({
-    "messages", "model", "tools", "tool_choice", "reasoning_effort", "documents",
-    "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
-    "add_special_tokens", "cache_salt",
-})  # fmt: skip
-# What sampling, streaming, accounting and transport need; the prompt is the same without.
-_OTHER_FIELDS = frozenset({
-    "allowed_token_ids", "audio", "bad_words", "best_of", "bootstrap_host", "bootstrap_port",
-    "bootstrap_room", "data_parallel_rank", "echo", "ec_transfer_params", "frequency_penalty",
-    "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json",
-    "guided_regex", "guided_whitespace_pattern", "ignore_eos", "include_reasoning",
-    "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logit_bias",
-    "logits_processors", "logprob_token_ids", "logprobs", "max_completion_tokens", "max_tokens",
-    "media_io_kwargs", "metadata", "min_p", "min_tokens", "mm_processor_kwargs", "modalities",
-    "n", "parallel_tool_calls", "prediction", "presence_penalty", "priority", "prompt_cache_key",
-    "prompt_cache_retention", "prompt_logprobs", "repetition_detection", "repetition_penalty",
-    "request_id", "response_format", "return_mm_kwargs", "return_prompt_text",
-    "return_token_ids", "return_token_offsets", "return_tokens_as_token_ids",
-    "return_weight_versions", "routed_experts_prompt_start", "safety_identifier", "seed",
-    "separate_reasoning", "service_tier", "session_id", "skip_special_tokens",
-    "spaces_between_special_tokens", "stop", "stop_token_ids", "store", "stream",
-    "stream_interval", "stream_options", "stream_reasoning", "structured_outputs",
-    "temperature", "thinking_token_budget", "top_k", "top_logprobs", "top_p", "use_beam_search",
-    "user", "verbosity", "vllm_xargs", "watermarking", "web_search_options",
-})  # fmt: skip
-# Fields that change the prompt in ways that cannot be followed here.
-_REFUSED_FIELDS = {
-    "functions": "is deprecated; use tools",
-    "function_call": "is deprecated; use tool_choice",
-    "truncate_prompt_tokens": "cuts the prompt, which is not supported",
-    "truncation_side": "cuts the prompt, which is not supported",
-    "prompt_embeds": "has no token ids to look up",
-    "mm_payload": "has no token ids to look up",
-}
 # Parameters of the call that renders, which a request must not reach as template variables.
 _RESERVED_VARIABLES = frozenset({
     "chat_template", "conversation", "max_length", "messages", "padding",
     "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
     "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 })  # fmt: skip
+# Variables that the request sets by fields of its own; those win.
+_ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "documents"})
 _REFUSED_MESSAGE_FIELDS = {
     "function_call": "is deprecated; use tool_calls",
     "audio": "cannot be scored; only text can",
@@ -91,86 +68,48 @@ _PART_FIELDS = frozenset({
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
-def check_fields(request: Mapping[str, Json]) -> None:
-    """Refuse a chat request for a field that could change the prompt unseen.
+def render_request(
+    template: ChatTemplate,
+    request: Mapping[str, Json],
+    special_tokens: Mapping[str, str],
+    options: ChatOptions,
+    now: datetime,
+) -> tuple[str, bool]:
+    """Render a chat request.
+
+    Args:
+        template: The one that `choose_template` gave for the request's tools.
+        request: The parsed body; `check_fields` has passed it.
+        special_tokens: The model's, by name.
+        options: How the engines were started.
+        now: Local time.
+
+    Returns:
+        The prompt, and whether the tokenizer is to add special tokens.
 
     Raises:
-        InvalidFieldError: Names the field.
+        InvalidFieldError: Names the field that is wrong or cannot be honoured.
+        RenderError: The template refuses the chat or fails on it.
     """
-    for field, value in request.items():
-        if field in _PROMPT_FIELDS or field in _OTHER_FIELDS or value is None:
-            continue
-        raise InvalidFieldError(field, _REFUSED_FIELDS.get(field, "is not a known field"))
-    transfer = request.get("kv_transfer_params")
-    if isinstance(transfer, Mapping) and transfer.get("prompt_token_ids"):
-        raise InvalidFieldError(
-            "kv_transfer_params.prompt_token_ids", "replaces the messages; send it as a prompt"
-        )
-
-
-def requested_tools(
-    request: Mapping[str, Json], *, exclude_when_none: bool = False
-) -> list[dict[str, Json]] | None:
-    """Return the request's tools in the form that vLLM hands to templates.
-
-    Raises:
-        InvalidFieldError: They are not what OpenAI's API defines.
-    """
-    tools, choice = request.get("tools"), request.get("tool_choice")
-    if tools is None:
-        if choice not in (None, "none"):
-            raise InvalidFieldError("tool_choice", "needs tools")
-        return None
-    if not isinstance(tools, list) or not tools:
-        raise InvalidFieldError("tools", "must be an array with at least one tool")
-    normal = [_normal_tool(tool, f"tools[{at}]") for at, tool in enumerate(tools)]
-    if isinstance(choice, Mapping):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if name not in [tool["function"]["name"] for tool in normal]:
-            raise InvalidFieldError("tool_choice", "names none of the tools")
-    elif choice not in (None, "none", "auto", "required"):
-        raise InvalidFieldError("tool_choice", 'must be "none", "auto", "required" or a tool')
-    return None if choice == "none" and exclude_when_none else normal
-
-
-def _normal_tool(tool: Json, field: str) -> dict[str, Json]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-        raise InvalidFieldError(field, 'must be {"type": "function", "function": {…}}')
-    if not isinstance(function.get("name"), str):
-        raise InvalidFieldError(f"{field}.function.name", "must be a string")
-    for key, kind in (("description", str), ("parameters", Mapping), ("strict", bool)):
-        if not isinstance(function.get(key), (kind, type(None))):
-            raise InvalidFieldError(f"{field}.function.{key}", "has the wrong type")
-    defer = tool.get("defer_loading")
-    normal = {key: function.get(key) for key in ("name", "description", "parameters")}
-    for key, value in (
-        ("strict", function.get("strict")),
-        ("defer_loading", function.get("defer_loading", defer)),
-    ):
-        if value is not None:
-            normal[key] = value
-    outer = {} if defer is None else {"defer_loading": defer}
-    return {"type": "function", "function": normal, **outer}
+    chat = prepare_chat(template, request, options)
+    text = template.render(
+        chat.messages,
+        tools=chat.tools,
+        documents=chat.documents,
+        variables={**special_tokens, **chat.variables},
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        now=now,
+    )
+    if not text.isascii():
+        _refuse_surrogates(text, request)
+    return text, chat.add_special_tokens
 
 
 def prepare_chat(
-    request: Mapping[str, Json],
-    *,
-    tools: list[dict[str, Json]] | None,
-    content_format: ContentFormat,
-    knows_developer: bool,
-    defaults: Mapping[str, Json] | None = None,
+    template: ChatTemplate, request: Mapping[str, Json], options: ChatOptions
 ) -> PreparedChat:
     """Prepare a request for a template, as vLLM does before it renders.
-
-    Args:
-        request: The parsed body; `check_fields` has passed it.
-        tools: What `requested_tools` returned.
-        content_format: What the template wants message content as.
-        knows_developer: Whether the template has a word for the developer role.
-        defaults: The engine's own template variables; the request's win.
 
     Raises:
         InvalidFieldError: Names the field that is wrong or cannot be honoured.
@@ -178,34 +117,38 @@ def prepare_chat(
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidFieldError("messages", "must be an array with at least one message")
+    content_format = (
+        template.content_format if options.content_format == "auto" else options.content_format
+    )
     chat = [
         _prepare_message(message, f"messages[{at}]", content_format)
         for at, message in enumerate(messages)
     ]
-    if not knows_developer and any(message["role"] == "developer" for message in chat):
+    if not template.knows_developer and any(message["role"] == "developer" for message in chat):
         chat = _merge_system(chat)
-    generate = _flag(request, "add_generation_prompt", True)
     resume = _flag(request, "continue_final_message", False)
     if resume and request.get("add_generation_prompt"):
         raise InvalidFieldError(
             "continue_final_message", "cannot be combined with add_generation_prompt"
         )
+    variables = _variables(request, options.template_variables)
     documents = request.get("documents")
+    if documents is None:
+        documents = variables.get("documents")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(d, Mapping) for d in documents)
     ):
         raise InvalidFieldError("documents", "must be an array of objects")
-    variables = _variables(request, defaults or {})
     return PreparedChat(
         messages=chat,
-        tools=tools,
-        documents=documents if documents is not None else variables.pop("documents", None),
+        tools=requested_tools(request, exclude_when_none=options.exclude_tools_when_none),
+        documents=documents,
         variables={
             name: value
             for name, value in variables.items()
-            if name not in ("add_generation_prompt", "continue_final_message", "documents")
+            if name in template.variables and name not in _ARGUMENTS
         },
-        add_generation_prompt=generate,
+        add_generation_prompt=_flag(request, "add_generation_prompt", True),
         continue_final_message=resume,
         add_special_tokens=_flag(request, "add_special_tokens", False),
     )
@@ -255,8 +198,11 @@ def _prepare_message(message: Json, field: str, content_format: ContentFormat) -
     elif role == "tool" and "tool_call_id" in message:
         prepared["tool_call_id"] = message["tool_call_id"]
     for key in ("name", "task"):
-        if isinstance(message.get(key), str):
-            prepared[key] = message[key]
+        value = message.get(key)
+        if value is not None:
+            if not isinstance(value, str):
+                raise InvalidFieldError(f"{field}.{key}", "must be a string")
+            prepared[key] = value
     if role == "developer":
         prepared["tools"] = message.get("tools")
     return prepared
@@ -276,7 +222,7 @@ def _add_assistant_fields(
     prepared: dict[str, Json], message: Mapping[str, Json], field: str
 ) -> None:
     if message.get("tool_calls"):
-        prepared["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls")
+        prepared["tool_calls"] = history_calls(message["tool_calls"], f"{field}.tool_calls")
     reasoning = message.get("reasoning")
     if reasoning is None:
         reasoning = message.get("reasoning_content")
@@ -310,10 +256,8 @@ def _text_parts(content: Json, field: str, role: str) -> list[dict[str, Json]]:
 
 
 def _text_part(part: Json, field: str) -> dict[str, Json] | None:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
-        raise InvalidFieldError(field, "must be a string or an object")
+        raise InvalidFieldError(field, "must be an object")
     kind = part.get("type")
     if kind == "tool_reference":
         return {"type": kind, "name": part.get("name")}
@@ -326,29 +270,6 @@ def _text_part(part: Json, field: str) -> dict[str, Json] | None:
         raise InvalidFieldError(f"{field}.{_TEXT_PARTS[kind]}", "must be a string")
     extra = {key: value for key, value in part.items() if key not in _PART_FIELDS}
     return {"type": "text", "text": text, **extra}
-
-
-def _tool_calls(calls: Json, field: str) -> list[dict[str, Json]]:
-    if not isinstance(calls, list):
-        raise InvalidFieldError(field, "must be an array")
-    prepared = []
-    for at, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or call.get("type", "function") != "function":
-            raise InvalidFieldError(f"{field}[{at}]", 'must be of type "function"')
-        arguments = _parse_arguments(function.get("arguments"))
-        prepared.append({**call, "function": {**function, "arguments": arguments}})
-    return prepared
-
-
-def _parse_arguments(arguments: Json) -> dict[str, Json]:
-    if isinstance(arguments, str) and arguments:
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            # A bad call stays in the history for ever; vLLM renders it as one without arguments.
-            return {}
-    return dict(arguments) if isinstance(arguments, Mapping) else {}
 
 
 def _merge_system(chat: Sequence[dict[str, Json]]) -> list[dict[str, Json]]:
@@ -372,7 +293,7 @@ def _plain_text(content: str | list[dict[str, Json]]) -> str:
     return "\n".join(part["text"] for part in content if "text" in part)
 
 
-def find_surrogate(text: str, request: Mapping[str, Json]) -> None:
+def _refuse_surrogates(text: str, request: Mapping[str, Json]) -> None:
     """Refuse a rendered ``text`` that is not Unicode, and say where the request has it from.
 
     Raises:
