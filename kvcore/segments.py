@@ -93,7 +93,12 @@ class SegmentCache:
         self._half_bytes = capacity_bytes // 2
         self._young: dict[str, Tokens] = {}
         self._old: dict[str, Tokens] = {}
-        self._young_bytes = 0
+        self._young_bytes = self._old_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What the cache holds now."""
+        return self._young_bytes + self._old_bytes
 
     def encode(self, text: str, encode_all: Callable[[list[str]], list[Tokens]]) -> Tokens:
         """Return the ids of ``text``; pieces that are not known go to ``encode_all`` at once."""
@@ -126,7 +131,11 @@ class SegmentCache:
         return ids
 
     def _keep(self, piece: str, ids: Tokens) -> None:
+        size_bytes = 4 * len(piece) + ids.nbytes + _ENTRY_BYTES
+        if size_bytes > self._half_bytes:
+            return
+        if self._young_bytes + size_bytes > self._half_bytes:
+            self._old, self._old_bytes = self._young, self._young_bytes
+            self._young, self._young_bytes = {}, 0
         self._young[piece] = ids
-        self._young_bytes += 2 * len(piece) + ids.nbytes + _ENTRY_BYTES
-        if self._young_bytes > self._half_bytes:
-            self._old, self._young, self._young_bytes = self._young, {}, 0
+        self._young_bytes += size_bytes
