@@ -40,7 +40,8 @@ def _encode_cached(tokenizer, texts, capacity_bytes=1 << 20):
     return [cache.encode(text, encode_all).tolist() for text in texts]
 
 
-_contents = st.text(_LETTERS, min_size=1, max_size=4)
+# Few letters, so that tokens overlap.
+_contents = st.text("a<|", min_size=1, max_size=3) | st.text(_LETTERS, min_size=1, max_size=4)
 _added = st.lists(
     st.builds(
         AddedToken,
@@ -100,6 +101,13 @@ def test_cuts_only_where_nothing_can_interfere(tokens, cuts):
     """Each rule on its own; the last four say why order of matching matters."""
     found = cut_tokens(tokens, normalizes=True)
     assert [token for token in found if token == "<a>" or len(tokens) == 1] == cuts
+
+
+def test_a_first_pass_match_may_tear_a_normalized_token_apart():
+    """Without a normalizer both kinds are cuts, but not where they overlap."""
+    first = AddedToken("a>", normalized=False)
+    tokens = [AddedToken("<a>", normalized=True), AddedToken("<b>", normalized=True), first]
+    assert cut_tokens(tokens, normalizes=False) == ["<b>"]
 
 
 def test_chat_markers_of_real_models_are_cuts():
