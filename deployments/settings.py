@@ -47,8 +47,8 @@ class ModelsSettings(Section):
 class RendererSettings(Section):
     """How chats become prompts; defaults are vLLM's."""
 
-    max_chars: Annotated[int, Field(ge=1)] = 8 << 20  # of all messages and tools of a request
-    max_messages: Annotated[int, Field(ge=1)] = 20_000
+    max_chars: Annotated[int, Field(ge=1)] = 4 << 20  # of all messages and tools of a request
+    max_messages: Annotated[int, Field(ge=1)] = 4096
     default_template_kwargs: dict[str, object] = {}  # the engines' --default-chat-template-kwargs
     content_format: Literal["auto", "string", "openai"] = "auto"
     exclude_tools_when_tool_choice_none: bool = False
@@ -60,5 +60,5 @@ class RendererSettings(Section):
 class TokenizerSettings(Section):
     """How prompts become token ids."""
 
-    max_chars: Annotated[int, Field(ge=1)] = 8 << 20  # of a prompt; longer ones are refused
+    max_chars: Annotated[int, Field(ge=1)] = 4 << 20  # of a prompt; longer ones are refused
     inline_chars: Annotated[int, Field(ge=0)] = 16_384  # shorter ones are encoded on the event loop

@@ -58,8 +58,10 @@ class Tokenizer:
         if len(text) > self._settings.max_chars:
             raise PromptTooLongError(len(text), self._settings.max_chars, "characters")
         found = await self._store.get(model)
-        encode = found.tokenizer.encode
-        if len(text) <= self._settings.inline_chars:
+        encode, inline_chars = found.tokenizer.encode, self._settings.inline_chars
+        if found.tokenizer.backend != "fastokens":
+            inline_chars //= 8  # it is that much slower on what it has not seen
+        if len(text) <= inline_chars:
             tokens = encode(text, add_special_tokens=add_special_tokens)
         else:
             tokens = await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)

@@ -9,6 +9,8 @@ from typing import Any
 from kvcore.templates import ChatTemplate
 from kvcore.tokenization import PromptTokenizer
 
+compiled = lru_cache(maxsize=512)(ChatTemplate)  # by text, as a model keeps its own
+
 
 def render(  # noqa: PLR0917 - the order of arguments that callers of such a check expect
     template: str,
@@ -22,7 +24,7 @@ def render(  # noqa: PLR0917 - the order of arguments that callers of such a che
     frozen_now: str | None,
 ) -> str:
     """Render as ``apply_chat_template(..., tokenize=False)`` does; raises as it does."""
-    return _compiled(template).render(
+    return compiled(template).render(
         messages,
         tools=tools,
         documents=documents,
@@ -36,9 +38,6 @@ def render(  # noqa: PLR0917 - the order of arguments that callers of such a che
 def encode(tokenizer_json: str, text: str) -> list[int]:
     """Tokenize without special tokens; ``tokenizer_json`` is the file's path or its text."""
     return _tokenizer(tokenizer_json).encode(text, add_special_tokens=False).tolist()
-
-
-_compiled = lru_cache(maxsize=512)(ChatTemplate)
 
 
 @lru_cache(maxsize=2)  # a large one takes half a gigabyte
