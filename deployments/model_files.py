@@ -104,11 +104,15 @@ def find_local(name: str, settings: ModelsSettings) -> Path | None:
 
 def _find_snapshot(cache: Path, name: str, revision: str) -> Path | None:
     """The model's snapshot in a folder that has the hub cache's layout."""
-    repo = cache / f"models--{name.replace('/', '--')}"
+    repo = _repo(cache, name)
     ref = repo / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision
     folder = repo / "snapshots" / commit
     return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _repo(cache: Path, name: str) -> Path:
+    return cache / f"models--{name.replace('/', '--')}"
 
 
 def read_folder(folder: Path, source: str) -> ModelFiles:
@@ -222,6 +226,11 @@ def _fetch_online(name: str, revision: str, settings: ModelsSettings, force: boo
         except UnicodeDecodeError as error:
             raise ModelDamagedError(f"{name}: {file} is not UTF-8: {error}") from error
         log.info("%s: %s, %d characters", name, file, len(texts[file]))
+    # By its commit the hub's client would not find it again under the branch's name.
+    ref = _repo(Path(settings.cache_dir or constants.HF_HUB_CACHE), name) / "refs" / revision
+    if info.sha and revision != info.sha:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(info.sha)
     log.info("%s: %d files in %.1f s", name, len(texts), time.monotonic() - started)
     return _checked(texts, listing, name)
 
@@ -280,10 +289,10 @@ def _disturbance(name: str, error: BaseException) -> ModelError:
         return HubTimeoutError(f"the hub did not answer in time for {name}")
     if isinstance(error, HfHubHTTPError):
         return _refusal(name, error)
-    if isinstance(error, (httpx2.HTTPError, ConnectionError)) and not isinstance(
-        error, httpx2.RemoteProtocolError
-    ):
-        return HubError(f"the hub cannot be reached for {name}: {error}")
+    # Both clients, the hub's and the one below it, say so in words only.
+    is_incomplete = "complete" in str(error) or "Consistency check" in str(error)
+    if isinstance(error, (httpx2.RemoteProtocolError, OSError)) and is_incomplete:
+        return ModelDamagedError(f"a file of {name} arrived incomplete: {error}")
     if isinstance(error, ValueError):
         return HubError(f"the hub's answer for {name} makes no sense: {error}")
-    return ModelDamagedError(f"a file of {name} arrived incomplete: {error}")
+    return HubError(f"the hub cannot be reached for {name}: {error}")
