@@ -244,8 +244,6 @@ def _ask(name: str, settings: ModelsSettings, question: Callable[[], _Answer]) -
     for attempt in range(settings.hub_retries + 1):
         try:
             return _name_errors(name, question)
-        except HubTimeoutError:
-            raise
         except HubBusyError:
             if attempt == settings.hub_retries:
                 raise
@@ -278,8 +276,8 @@ def _refusal(name: str, error: HfHubHTTPError) -> ModelError:
         )
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         return ModelNotFoundError(f"the hub has no model {name} at that revision")
-    if status == 429:
-        return HubBusyError(f"the hub is rate limiting; {name} could not be fetched")
+    if status in (429, 503):
+        return HubBusyError(f"the hub is rate limiting or busy ({status}); try {name} later")
     return HubError(f"the hub answered {status} for {name}")
 
 

@@ -132,8 +132,13 @@ class ModelStore:
         task = self._loading.get(name)
         if task is None:
             task = self._loading[name] = asyncio.create_task(self._load(name))
-            task.add_done_callback(lambda done: self._loading.pop(name, None) and done.exception())
+            task.add_done_callback(lambda done: self._forget_load(name, done))
         return task
+
+    def _forget_load(self, name: str, done: asyncio.Task[Model]) -> None:
+        self._loading.pop(name, None)
+        if not done.cancelled():
+            done.exception()  # or asyncio reports it as unseen, where nobody waited any more
 
     async def _load(self, name: str) -> Model:
         try:

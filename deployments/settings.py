@@ -33,8 +33,8 @@ class ModelsSettings(Section):
     use_hub: bool = True
     endpoint: str | None = None  # another hub than HF_ENDPOINT's
     cache_dir: str | None = None  # another cache than HF_HOME's
-    hub_timeout_s: Positive = 3.0  # for one answer of the hub
-    hub_retries: Annotated[int, Field(ge=0)] = 2  # when it is busy or fails; not when unreachable
+    hub_timeout_s: Positive = 2.0  # for one answer of the hub
+    hub_retries: Annotated[int, Field(ge=0)] = 2  # while it says that it is busy
     fetch_timeout_s: Positive = 300.0  # for all files of one model
     retry_after_s: Positive = (
         300.0  # until a default model that could not be fetched is tried again
@@ -48,7 +48,7 @@ class RendererSettings(Section):
     """How chats become prompts; defaults are vLLM's."""
 
     max_chars: Annotated[int, Field(ge=1)] = 4 << 20  # of all messages and tools of a request
-    max_messages: Annotated[int, Field(ge=1)] = 4096
+    max_messages: Annotated[int, Field(ge=1)] = 2048
     default_template_kwargs: dict[str, object] = {}  # the engines' --default-chat-template-kwargs
     content_format: Literal["auto", "string", "openai"] = "auto"
     exclude_tools_when_tool_choice_none: bool = False

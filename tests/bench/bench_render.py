@@ -16,6 +16,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from kvcore.templates import ChatTemplate
+from tests.conformance_data import full_template
+
 TEMPLATES = {
     "ChatML": "axolotl-chatml.jinja",
     "granite 3.3": "ibm-granite-granite-3.3-2B-Instruct.jinja",
@@ -60,9 +63,6 @@ for line in sys.stdin:
 
 def main(python: str, rounds: int = 15, n: int = 200) -> None:
     """Print a table of both renders and their ratio."""
-    from kvcore.templates import ChatTemplate  # noqa: PLC0415 - beside the peer's import
-    from tests.conformance_data import full_template  # noqa: PLC0415
-
     texts = {name: full_template(file) for name, file in TEMPLATES.items()}
     templates = {name: ChatTemplate(text) for name, text in texts.items()}
     with subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from deployments.model_files import check_name
 from deployments.models import ModelStore, load_model
 from deployments.settings import ModelsSettings
+from kvcore import errors
 from kvcore.errors import (
     HubBusyError,
     HubError,
@@ -101,6 +103,7 @@ def test_a_second_load_comes_from_the_cache_even_without_the_hub(hub, settings):
         ({"api": 403}, ModelForbiddenError, "licence"),
         ({"api": 404}, ModelNotFoundError, "no model"),
         ({"api": 429}, HubBusyError, "rate limiting"),
+        ({"api": 503}, HubBusyError, "busy"),
         ({"api": 500}, HubError, "500"),
         ({"api": "slow"}, HubTimeoutError, "in time"),
         ({"api": "hang up"}, HubError, "reached"),
@@ -383,10 +386,6 @@ def test_a_model_that_autotokenizer_rebuilds_carries_a_warning(tmp_path):
 
 def test_errors_survive_pickling():
     """Ray carries them between replicas by their arguments."""
-    import pickle  # noqa: PLC0415 - only here, on our own objects
-
-    from kvcore import errors  # noqa: PLC0415 - only here
-
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, KvError):
             n_arguments = kind.__init__.__code__.co_argcount - 1 if "__init__" in vars(kind) else 1

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deployments
+from kvcore import tokenization
 from kvcore.errors import InvalidInputError, ModelDamagedError
 from kvcore.tokenization import PromptTokenizer
 from tests import conformance
@@ -149,8 +150,6 @@ def test_a_broken_file_is_a_typed_error(text):
 
 def test_a_backend_that_differs_is_not_taken(monkeypatch):
     """A faster backend that is wrong once makes every score of that model wrong."""
-    from kvcore import tokenization  # noqa: PLC0415 - its inside is what is tested
-
     honest = tokenization._Fast.encode
 
     def wrong_on_fractions(self, text, add_special_tokens):
@@ -167,8 +166,6 @@ def test_a_backend_that_differs_is_not_taken(monkeypatch):
 
 def test_a_backend_that_fails_on_a_text_leaves_it_to_the_other(monkeypatch):
     """Its regex engine has limits that a hostile prompt can reach."""
-    from kvcore import tokenization  # noqa: PLC0415 - its inside is what is tested
-
     tokenizer = PromptTokenizer(EMBEDDED.read_text())
 
     def fail(*_):
