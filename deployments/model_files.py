@@ -129,15 +129,17 @@ def read_folder(folder: Path, source: str) -> ModelFiles:
     )
     texts: dict[str, str] = {}
     for name in _wanted(listing):
-        try:
-            if (folder / name).stat().st_size > _MAX_FILE_BYTES:
-                raise ModelDamagedError(
-                    f"{source}: {name} is larger than {_MAX_FILE_BYTES:,} bytes"
-                )
-            texts[name] = (folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelDamagedError(f"{source}: {name} cannot be read: {error}") from error
+        texts[name] = _read(folder / name, source)
     return _checked(texts, listing, source)
+
+
+def _read(path: Path, source: str) -> str:
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ModelDamagedError(f"{source}: {path.name} has over {_MAX_FILE_BYTES:,} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelDamagedError(f"{source}: {path.name} cannot be read: {error}") from error
 
 
 def _checked(texts: dict[str, str], listing: frozenset[str], source: str) -> ModelFiles:
@@ -221,10 +223,7 @@ def _fetch_online(name: str, revision: str, settings: ModelsSettings, force: boo
                 force_download=force,
             ),
         )
-        try:
-            texts[file] = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelDamagedError(f"{name}: {file} is not UTF-8: {error}") from error
+        texts[file] = _read(Path(path), name)
         log.info("%s: %s, %d characters", name, file, len(texts[file]))
     # By its commit the hub's client would not find it again under the branch's name.
     ref = _repo(Path(settings.cache_dir or constants.HF_HUB_CACHE), name) / "refs" / revision
@@ -291,6 +290,8 @@ def _disturbance(name: str, error: BaseException) -> ModelError:
     is_incomplete = "complete" in str(error) or "Consistency check" in str(error)
     if isinstance(error, (httpx2.RemoteProtocolError, OSError)) and is_incomplete:
         return ModelDamagedError(f"a file of {name} arrived incomplete: {error}")
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return ModelError(f"the hub's cache cannot take {name}: {error}")
     if isinstance(error, ValueError):
         return HubError(f"the hub's answer for {name} makes no sense: {error}")
     return HubError(f"the hub cannot be reached for {name}: {error}")

@@ -17,7 +17,12 @@ from deployments.model_files import (
     read_folder,
 )
 from deployments.settings import ModelsSettings
-from kvcore.errors import ModelDamagedError, ModelError, ModelNotFoundError
+from kvcore.errors import (
+    ModelDamagedError,
+    ModelError,
+    ModelNotFoundError,
+    TemplateSyntaxError,
+)
 from kvcore.templates import (
     ChatTemplate,
     Templates,
@@ -118,14 +123,11 @@ class ModelStore:
         return {**configured, **self._models}
 
     def _check_allowed(self, name: str) -> None:
-        check_name(name)
         settings = self._settings
-        if (
-            name != settings.default
-            and name not in settings.folders
-            and name not in settings.allowed
-            and "*" not in settings.allowed
-        ):
+        if name in (settings.default, *settings.folders, *settings.allowed):
+            return
+        check_name(name)
+        if "*" not in settings.allowed:
             raise ModelNotFoundError(f"the model {name!r} does not exist here")
 
     def _start_loading(self, name: str) -> asyncio.Task[Model]:
@@ -219,6 +221,10 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
         },
     )
     texts = [templates] if isinstance(templates, str) else (templates or {}).values()
+    try:
+        compiled = {text: ChatTemplate(text) for text in texts}
+    except TemplateSyntaxError as error:
+        raise ModelDamagedError(f"{files.source}: {error}") from error
     warning = _rebuilt(config, tokenizer_config)
     if warning:
         log.warning("%s: %s", name, warning)
@@ -232,7 +238,7 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
         source=files.source,
         rendered_by=_rendered_by(name, config, files, settings),
         warning=warning,
-        compiled={text: ChatTemplate(text) for text in texts},
+        compiled=compiled,
     )
 
 

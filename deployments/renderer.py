@@ -63,7 +63,7 @@ class Renderer:
             ModelError: The model is not to be had; the subclass says why.
         """
         check_fields(request)
-        self._check_size(request)
+        is_short = self._check_size(request)
         name, named = request.get("model"), request.get("chat_template")
         for field, value in (("model", name), ("chat_template", named)):
             if not isinstance(value, (str, type(None))):
@@ -87,14 +87,14 @@ class Renderer:
                 chosen, request, model.special_tokens, self._options, self._now()
             )
         else:
-            text, special = await self._render_own(template, model, request)
+            text, special = await self._render_own(template, model, request, is_short=is_short)
         return Rendered(text, model.name, special, model.fallback_reason)
 
     async def _render_own(
-        self, template: ChatTemplate, model: Model, request: Mapping[str, Any]
+        self, template: ChatTemplate, model: Model, request: Mapping[str, Any], *, is_short: bool
     ) -> tuple[str, bool]:
         job = (template, request, model.special_tokens, self._options, self._now())
-        if len(request["messages"]) <= _INLINE_MESSAGES and _count_chars(request) <= _INLINE_CHARS:
+        if is_short:
             return render_request(*job)
         return await asyncio.to_thread(render_request, *job)
 
@@ -110,7 +110,8 @@ class Renderer:
         """End the process that waits for a request's template, if there is one."""
         self._sandbox.close()
 
-    def _check_size(self, request: Mapping[str, Any]) -> None:
+    def _check_size(self, request: Mapping[str, Any]) -> bool:
+        """Refuse what is too much; returns whether it is little enough to render in place."""
         messages = request.get("messages")
         n_messages = len(messages) if isinstance(messages, list) else 0
         if n_messages > self._settings.max_messages:
@@ -118,6 +119,7 @@ class Renderer:
         n_chars = _count_chars(request)
         if n_chars > self._settings.max_chars:
             raise PromptTooLongError(n_chars, self._settings.max_chars, "characters")
+        return n_messages <= _INLINE_MESSAGES and n_chars <= _INLINE_CHARS
 
 
 def _count_chars(request: Mapping[str, Any]) -> int:

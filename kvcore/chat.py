@@ -302,10 +302,12 @@ def _refuse_surrogates(text: str, request: Mapping[str, Json]) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        field, at = next(_surrogates(request, ""), ("messages", 0))
-        raise InvalidFieldError(
-            field, f"is not valid Unicode: character {at} is a lone surrogate"
-        ) from None
+        try:
+            field, at = next(_surrogates(request, ""))
+            reason = f"is not valid Unicode: character {at} is a lone surrogate"
+        except (StopIteration, RecursionError):  # inside JSON text, or nested very deeply
+            field, reason = "messages", "are not valid Unicode: one holds a lone surrogate"
+        raise InvalidFieldError(field, reason) from None
 
 
 def _surrogates(value: Json, field: str) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import meta
 
 from kvcore.content_format import ContentFormat, detect_content_format
-from kvcore.errors import RenderError, TemplateSyntaxError
+from kvcore.errors import ModelDamagedError, RenderError, TemplateSyntaxError
 from kvcore.template_environment import SPANS, build_environment
 
 Message = Mapping[str, Any]
@@ -169,10 +169,10 @@ class ChatTemplate:
         if isinstance(final, list):
             parts = last[field] = list(final)
             for at in reversed(range(len(parts))):
-                if "text" in parts[at]:
-                    final = parts[at]["text"]
-                    parts[at] = {**parts[at], "text": final + _TAG}
-                    return final
+                text = parts[at].get("text") if isinstance(parts[at], Mapping) else None
+                if isinstance(text, str):
+                    parts[at] = {**parts[at], "text": text + _TAG}
+                    return text
         raise RenderError(
             "continue_final_message is set but we could not find any text to continue in the "
             "final message!"
@@ -221,15 +221,23 @@ def collect_templates(
         tokenizer_config: Parsed ``tokenizer_config.json``.
         jinja: Text of ``chat_template.jinja``.
         additional: Texts of ``additional_chat_templates/*.jinja`` by stem.
+
+    Raises:
+        ModelDamagedError: The configured ones are neither a text nor named texts.
     """
     if additional:
         return {**({} if jinja is None else {"default": jinja}), **additional}
     if jinja is not None:
         return jinja
     configured = tokenizer_config.get("chat_template")
-    if isinstance(configured, list):
-        return {entry["name"]: entry["template"] for entry in configured}
-    return configured
+    try:
+        if isinstance(configured, list):
+            configured = {str(entry["name"]): str(entry["template"]) for entry in configured}
+    except (TypeError, KeyError):
+        raise ModelDamagedError("chat_template in tokenizer_config.json is malformed") from None
+    if configured is None or isinstance(configured, (str, dict)):
+        return configured
+    raise ModelDamagedError("chat_template in tokenizer_config.json is malformed")
 
 
 def collect_special_tokens(

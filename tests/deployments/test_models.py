@@ -28,7 +28,6 @@ from kvcore.errors import (
     ModelForbiddenError,
     ModelNotFoundError,
     ModelUnsupportedError,
-    TemplateSyntaxError,
 )
 from tests.hub import COMMIT, Hub
 
@@ -139,7 +138,7 @@ def test_busy_hubs_are_asked_again_and_missing_models_are_not(hub, settings):
         ("tokenizer_config.json", b"[]", ModelDamagedError),
         ("tokenizer_config.json", b"\xff\xfe", ModelDamagedError),
         ("config.json", b"{", ModelDamagedError),
-        ("chat_template.jinja", b"{% for", TemplateSyntaxError),
+        ("chat_template.jinja", b"{% for", ModelDamagedError),
     ],
 )
 def test_corrupt_files_are_named(hub, settings, file, data, error):
@@ -147,6 +146,16 @@ def test_corrupt_files_are_named(hub, settings, file, data, error):
     hub.models[MODEL][file] = data
     with pytest.raises(error):
         load_model(MODEL, settings)
+
+
+def test_malformed_templates_in_the_config_are_an_error(tmp_path):
+    """The config is foreign data like any other."""
+    for bad in (b"5", b"[5]", b'[{"name": "default"}]'):
+        files = {"tokenizer.json": FILES["tokenizer.json"],
+                 "tokenizer_config.json": b'{"chat_template": ' + bad + b"}"}  # fmt: skip
+        folder = _folder(tmp_path / "m", files)
+        with pytest.raises(ModelDamagedError, match="malformed"):
+            load_model("m", ModelsSettings(fastokens=False, folders={"m": str(folder)}))
 
 
 def test_a_corrupt_file_does_not_stay_in_the_cache(hub, settings):

@@ -24,7 +24,7 @@ from kvcore.errors import (
     TemplateSyntaxError,
 )
 
-OFFLINE = ModelsSettings(use_hub=False, cache_dir="/nonexistent")
+OFFLINE = ModelsSettings(use_hub=False, cache_dir="/nonexistent", fastokens=False)
 USER = {"role": "user", "content": "hi"}
 
 
@@ -107,6 +107,8 @@ def test_a_model_without_a_template_is_refused(tmp_path):
     [
         ({"messages": [USER], "model": "other/model"}, ModelNotFoundError),
         ({"messages": [USER], "model": 5}, InvalidFieldError),
+        ({"messages": 5}, InvalidFieldError),
+        ({}, InvalidFieldError),
         ({"messages": [USER], "chat_template": "x"}, InvalidFieldError),
         ({"messages": [USER], "chat_template": 5}, InvalidFieldError),
         ({"messages": [USER] * 2049}, PromptTooLongError),

@@ -69,7 +69,7 @@ _pre_tokenizers = st.sampled_from(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.data(), _added, _normalizers, _pre_tokenizers)
 def test_cached_ids_are_uncached_ids(data, added, normalizer, pre_tokenizer):
     """Overlapping, stripping, whole-word and normalized tokens, in any company."""
