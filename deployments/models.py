@@ -49,9 +49,13 @@ _RENDERED_BY_ENGINE = {
     "MoonshotKimiaForCausalLM": "Kimi-Audio's encoder",
     "Alpamayo2Super": "Alpamayo's encoder",
 }
-# AutoTokenizer builds these anew from their parts, and the ids can differ from tokenizer.json's.
-_REBUILT_CLASSES = frozenset({"LlamaTokenizer", "LlamaTokenizerFast", "MiniMaxTokenizer"})
-_REBUILT_TYPES = frozenset({"llama", "yi", "minimax", "minimax_m1", "minimax_text_01"})
+# AutoTokenizer builds these anew from their parts: recorded ids then differ from
+# tokenizer.json's. By tokenizer class: the model types that this happens to.
+_REBUILT = {
+    "LlamaTokenizer": ("llama", "yi"),
+    "LlamaTokenizerFast": ("llama", "yi"),
+    "GPT2Tokenizer": ("minimax", "minimax_m1", "minimax_text_01"),
+}
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
         compiled = {text: ChatTemplate(text) for text in texts}
     except TemplateSyntaxError as error:
         raise ModelDamagedError(f"{files.source}: {error}") from error
-    warning = _rebuilt(config, tokenizer_config)
+    warning = _rebuilt(config, tokenizer_config, files.tokenizer)
     if warning:
         log.warning("%s: %s", name, warning)
     return Model(
@@ -258,11 +262,13 @@ def _rendered_by(
     return None
 
 
-def _rebuilt(config: dict, tokenizer_config: dict) -> str | None:
+def _rebuilt(config: dict, tokenizer_config: dict, tokenizer: str) -> str | None:
     tokenizer_class = tokenizer_config.get("tokenizer_class")
-    if tokenizer_class in _REBUILT_CLASSES and config.get("model_type") in _REBUILT_TYPES:
-        return (
-            f"AutoTokenizer rebuilds {tokenizer_class}, so an engine's ids can differ from "
-            "tokenizer.json's"
-        )
-    return None
+    if config.get("model_type") not in _REBUILT.get(tokenizer_class, ()):
+        return None
+    if tokenizer_class != "GPT2Tokenizer" and '"ByteLevel"' in tokenizer:
+        return None  # transformers 5 sees that the class does not fit, and leaves the file as is
+    return (
+        f"AutoTokenizer rebuilds {tokenizer_class}, so an engine's ids can differ from "
+        "tokenizer.json's"
+    )

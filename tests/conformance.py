@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from kvcore.templates import ChatTemplate
@@ -35,9 +36,9 @@ def render(  # noqa: PLR0917 - the order of arguments that callers of such a che
     )
 
 
-def encode(tokenizer_json: str, text: str) -> list[int]:
+def encode(tokenizer_json: str | Path, text: str) -> list[int]:
     """Tokenize without special tokens; ``tokenizer_json`` is the file's path or its text."""
-    return _tokenizer(tokenizer_json).encode(text, add_special_tokens=False).tolist()
+    return _tokenizer(str(tokenizer_json)).encode(text, add_special_tokens=False).tolist()
 
 
 @lru_cache(maxsize=2)  # a large one takes half a gigabyte

@@ -384,13 +384,25 @@ def test_models_whose_engine_bypasses_jinja_are_recognised(tmp_path, changes, re
     assert (model.rendered_by or "").split()[:1] == (rendered_by or "").split()[:1]
 
 
-def test_a_model_that_autotokenizer_rebuilds_carries_a_warning(tmp_path):
+@pytest.mark.parametrize(
+    ("tokenizer_class", "model_type", "warns"),
+    [
+        ("GPT2Tokenizer", "minimax_m1", True),
+        ("LlamaTokenizer", "llama", False),  # the file is byte-level, so it is taken as it is
+        ("PreTrainedTokenizerFast", "llama", False),
+    ],
+)
+def test_a_model_that_autotokenizer_rebuilds_carries_a_warning(
+    tmp_path, tokenizer_class, model_type, warns
+):
     """Engines may then compute other ids than tokenizer.json says."""
-    config = b'{"tokenizer_class": "LlamaTokenizer"}'
-    folder = _folder(tmp_path / "m", {**FILES, "tokenizer_config.json": config})
-    assert "rebuilds" in str(
-        load_model("m", ModelsSettings(fastokens=False, folders={"m": str(folder)})).warning
-    )
+    changes = {
+        "tokenizer_config.json": json.dumps({"tokenizer_class": tokenizer_class}).encode(),
+        "config.json": json.dumps({"model_type": model_type}).encode(),
+    }
+    folder = _folder(tmp_path / "m", {**FILES, **changes})
+    warning = load_model("m", ModelsSettings(fastokens=False, folders={"m": str(folder)})).warning
+    assert ("rebuilds" in (warning or "")) is warns
 
 
 def test_errors_survive_pickling():

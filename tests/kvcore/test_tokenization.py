@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -121,6 +122,26 @@ def test_long_prompts_keep_every_token(backend):
     ids = _embedded(backend).encode(text, add_special_tokens=False)
     assert len(expected) > 2 * 16_384
     assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_may_share_a_tokenizer(backend):
+    """Long prompts are encoded in threads, beside short ones on the event loop."""
+    chats = ["".join(f"<|im_start|>user\n{n} {k}<|im_end|>" for k in range(n)) for n in range(40)]
+    expected = [_reference().encode(chat, add_special_tokens=False).ids for chat in chats]
+    tokenizer = PromptTokenizer(
+        EMBEDDED.read_text(), cache_bytes=20_000, fast=backend == "fastokens"
+    )
+
+    def encode_all(seed):
+        order = random.Random(seed).sample(range(40), 40) * 5
+        return all(
+            tokenizer.encode(chats[n], add_special_tokens=False).tolist() == expected[n]
+            for n in order
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode_all, range(4)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
