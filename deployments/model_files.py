@@ -273,7 +273,7 @@ def _refusal(name: str, error: HfHubHTTPError) -> ModelError:
         return ModelForbiddenError(
             f"the hub does not give {name} to this HF_TOKEN ({status}): it is private or unknown"
         )
-    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) or status == 404:
         return ModelNotFoundError(f"the hub has no model {name} at that revision")
     if status in (429, 503):
         return HubBusyError(f"the hub is rate limiting or busy ({status}); try {name} later")

@@ -263,7 +263,7 @@ def _rendered_by(
 
 
 def _rebuilt(config: dict, tokenizer_config: dict, tokenizer: str) -> str | None:
-    tokenizer_class = tokenizer_config.get("tokenizer_class")
+    tokenizer_class = str(tokenizer_config.get("tokenizer_class"))
     if config.get("model_type") not in _REBUILT.get(tokenizer_class, ()):
         return None
     if tokenizer_class != "GPT2Tokenizer" and '"ByteLevel"' in tokenizer:
