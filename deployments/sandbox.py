@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from deployments.settings import RendererSettings
@@ -22,6 +23,7 @@ from kvcore.chat import ChatOptions
 from kvcore.errors import InvalidInputError, RenderLimitError
 
 _MAX_WAITING = 16
+_ROOT = str(Path(__file__).parents[1])
 # What Python, Jinja and a request take before the template does anything.
 _BASE_BYTES = 128 << 20
 
@@ -63,7 +65,13 @@ class TemplateSandbox:
             "now": now.isoformat(),
             "max_chars": self._settings.max_chars,
         }
+        # Shielded: a client that goes away must not let the next one in beside its thread.
+        task = asyncio.create_task(self._take_turn(job))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._n_waiting += 1
+        return await asyncio.shield(task)
+
+    async def _take_turn(self, job: dict[str, Any]) -> tuple[str, bool]:
         try:
             async with self._turn:
                 return await asyncio.to_thread(self._run, job)
@@ -101,7 +109,7 @@ class TemplateSandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # Nothing of the service's own environment: it holds tokens.
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={"PYTHONPATH": os.pathsep.join([_ROOT, *filter(None, sys.path)])},
         )
 
 

@@ -241,6 +241,25 @@ def test_templates_wait_in_a_line_that_ends():
     assert len(results) - len(refused) == 16
 
 
+def test_a_client_that_goes_away_leaves_no_disorder():
+    """Its render ends by its own limits, and the next one waits for that."""
+
+    async def run():
+        renderer = Renderer(OFFLINE, RendererSettings(**TRUSTING))
+        await renderer.warm()
+        hostile = {"messages": [USER], "chat_template": "{{ 9 ** 9999999 }}"}
+        gone = [asyncio.create_task(renderer.render(hostile)) for _ in range(2)]
+        while renderer._sandbox._n_waiting < 2:
+            await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        rendered = await renderer.render({"messages": [USER], "chat_template": "ok"})
+        renderer.close()
+        return rendered.text, [task.cancelled() for task in gone]
+
+    assert asyncio.run(run()) == ("ok", [True, True])
+
+
 def test_the_limited_process_knows_no_secrets(monkeypatch):
     """Should a template break out of Jinja's sandbox, it finds an empty environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
