@@ -49,7 +49,9 @@ def _run(config: Path) -> int:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    # SIGINT too: a shell that starts us in the background leaves it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     service = Service(config, say=say)
     try:
         service.start()
@@ -61,8 +63,8 @@ def _run(config: Path) -> int:
     except KeyboardInterrupt:
         say("interrupted")
     finally:
-        # A second Ctrl+C must not leave Ray processes behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave Ray behind
+            signal.signal(number, signal.SIG_IGN)
         service.stop()
     return 0
 

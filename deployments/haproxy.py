@@ -28,5 +28,6 @@ def main() -> None:
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
         path.write_text(narrow(path.read_text()))
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it names this program
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])  # noqa: S606 - no shell is wanted

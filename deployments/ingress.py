@@ -332,7 +332,7 @@ class Ingress:
         urls = {pod.name: pod.url for pod in status.endpoints}
         running = self._engines.load()
         pods = [
-            {**pod._asdict(), "url": urls.get(pod.pod), "requests_running": running.get(pod.pod, 0)}
+            {**pod, "url": urls.get(pod["pod"]), "requests_running": running.get(pod["pod"], 0)}
             for pod in status.pods
         ]
         return JsonResponse({"pods": pods, "block_size": self._settings.block_size})

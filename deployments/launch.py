@@ -50,6 +50,9 @@ def ray_environment(scratch: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port(8404)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port(9101)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(8500)),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 << 20),
         "RAY_DASHBOARD_ENABLE_PROFILING": "1",
@@ -133,7 +136,8 @@ class Service:
         command = [
             _tool("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={self._ray_port}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={self.dashboard_port}", "--ray-client-server-port=0",
+            f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={_free_port(10001)}",
+            f"--dashboard-agent-listen-port={_free_port(52365)}",
             f"--num-cpus={max(4, os.cpu_count() or 1)}", f"--object-store-memory={128 << 20}",
             "--disable-usage-stats",
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Give every request an id, echo it, and count how the request ended."""
+"""Know every request by the id that its answer carries, and count how it ended."""
 
 import re
 import time
@@ -11,17 +11,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.metrics import IngressMetrics
 
-_GIVEN = re.compile(rb"[\x21-\x7e]{1,128}")
-_HEADER = b"x-request-id"
+_PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 def request_id_of(request: Request) -> str:
-    """Return the id that this request's answer will carry."""
+    """Return the id of a request: the client's own, or the one that Serve gave it."""
     return request.scope["kvatlas_request_id"]
 
 
 class RequestLog:
-    """ASGI middleware; a client's printable ``x-request-id`` is kept, else one is made."""
+    """ASGI middleware. Serve puts ``x-request-id`` on requests without one, and echoes it."""
 
     def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
         self._app, self._metrics = app, metrics
@@ -31,20 +30,19 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
-        request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
-        scope["kvatlas_request_id"] = request_id.decode()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        is_usable = _PRINTABLE.fullmatch(given) is not None
+        scope["kvatlas_request_id"] = given.decode() if is_usable else uuid.uuid4().hex
         started, status = time.perf_counter(), 500
 
-        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+        async def send_and_note(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (_HEADER, request_id)]
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_and_note)
         finally:
             route = scope["path"] if "endpoint" in scope else "unknown"
             self._metrics.answered(route, status, time.perf_counter() - started)

@@ -78,6 +78,10 @@ class PagedCache:
         """Tell whether a sequence that may grow to ``n_tokens`` can start now."""
         return self._blocks_for(n_tokens) <= len(self._free) - self._reserved_blocks
 
+    def could_ever_fit(self, n_tokens: int) -> bool:
+        """Tell whether an empty cache would hold ``n_tokens``."""
+        return self._blocks_for(n_tokens) <= self.capacity_blocks
+
     def start(self, prompt: Tokens, *, n_new_tokens: int = 0, salt: str | None = None) -> Sequence:
         """Place a prompt: reuse its cached prefix, compute the rest, promise room to grow.
 
