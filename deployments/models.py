@@ -19,6 +19,7 @@ from deployments.model_files import (
 )
 from deployments.settings import ModelsSettings
 from kvcore.errors import (
+    HubTimeoutError,
     ModelDamagedError,
     ModelError,
     ModelNotFoundError,
@@ -155,7 +156,9 @@ class ModelStore:
                 self._in_thread(load_model, name, self._settings), self._settings.fetch_timeout_s
             )
         except asyncio.TimeoutError as error:
-            model = await self._stand_in(name, ModelError(f"loading {name} took too long"), error)
+            model = await self._stand_in(
+                name, HubTimeoutError(f"loading {name} took too long"), error
+            )
         except ModelError as error:
             model = await self._stand_in(name, error, error)
         self._models[name] = model
