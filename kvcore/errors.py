@@ -6,7 +6,8 @@
     │   ├── InvalidFieldError      one field of the request, named, is wrong or not to be honoured
     │   ├── RenderError            the chat template refuses the chat, or fails on it
     │   ├── RenderLimitError       a request's own template ran out of its time or memory
-    │   └── TemplateSyntaxError    Jinja cannot compile the template
+    │   ├── TemplateSyntaxError    Jinja cannot compile the template
+    │   └── ArrayError             an array of another dtype or shape; a bug in the caller
     ├── ModelError                 a model's tokenizer or template is not to be had
     │   ├── ModelNotFoundError     no such model, or it may not be loaded on request
     │   ├── ModelForbiddenError    the hub wants a token, or a licence accepted
@@ -40,6 +41,10 @@ class PromptTooLongError(InvalidInputError):
 
     def __str__(self) -> str:
         return f"prompt has {self.size:,} {self.unit}, the limit is {self.limit:,}"
+
+
+class ArrayError(InvalidInputError, TypeError):
+    """An array has another dtype, shape or layout than asked for: a bug in the caller."""
 
 
 class InvalidFieldError(InvalidInputError):

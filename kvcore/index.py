@@ -1,0 +1,398 @@
+"""Which pod holds which KV block: exact for every block, whatever the order of the events.
+
+DESIGN
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore import event_run, index_check, index_snapshot
+from kvcore.engine_hashes import (
+    NO_WIDE,
+    EngineHash,
+    EngineHashes,
+    decode,
+    encode,
+    encode_one,
+)
+from kvcore.errors import InvalidInputError
+from kvcore.event_run import EventRun
+from kvcore.eviction import Budget
+from kvcore.hashing import (
+    DEFAULT_SEED,
+    BlockKeys,
+    Tokens,
+    check_keys,
+    check_word,
+    count_blocks,
+    encode_extras,
+    hash_blocks,
+)
+from kvcore.holders import Holder, Holders, HolderStats, Scope
+from kvcore.index_memory import Memory
+from kvcore.kernels import events, lookup
+from kvcore.kernels import memory as m
+from kvcore.waiting import WaitingArea, WaitingRun
+
+MIN_CAPACITY_BYTES = 1 << 16
+
+
+class StoreResult(NamedTuple):
+    """What became of the blocks of one store."""
+
+    stored: int  # blocks held now, copies included
+    waiting: int  # blocks that wait for their parent
+    joined: int  # blocks that had waited and were placed because of this store
+    replaced: int  # engine hashes that named another block before; the old copies are gone
+
+
+_NOTHING = StoreResult(0, 0, 0, 0)
+
+
+class BlockIndex:
+    """Every block that every holder has, within a byte budget.
+
+    One writer at a time, and no reader beside it. Memory is reserved for the budget at once and
+    used as blocks come.
+
+    Args:
+        capacity_bytes: Beyond it, the least recent blocks of the biggest pod are evicted.
+        max_waiting_blocks: Bound of what waits for a parent.
+        seed: Of the block keys.
+
+    Raises:
+        InvalidInputError: A limit is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int = 1 << 30,
+        max_waiting_blocks: int = 65_536,
+        seed: int = DEFAULT_SEED,
+    ) -> None:
+        if capacity_bytes < MIN_CAPACITY_BYTES or max_waiting_blocks < 0 or not 0 <= seed < 1 << 64:
+            raise InvalidInputError("capacity_bytes, max_waiting_blocks or seed is out of range")
+        self.seed = seed
+        self.memory = Memory(capacity_bytes, seed)
+        self.members = Holders(self.memory)
+        self.budget = Budget(self.memory, self.members)
+        self.waiting = WaitingArea(max_waiting_blocks)
+        self.windows: dict[Scope, int | None] = {}
+        self._header, self._address = self.memory.header, self.memory.address
+
+    def holder(self, pod: str, rank: int = 0, tier: str = "gpu", group: int = 0) -> int:
+        """Return the id of a holder, new or known. Tiers are compared in lower case.
+
+        Raises:
+            InvalidInputError: ``rank`` or ``group`` is out of range, or there are too many holders.
+        """
+        if not (0 <= rank < 1 << 31 and 0 <= group < 1 << 31):
+            raise InvalidInputError(f"rank {rank} or group {group} is out of range")
+        return self.members.id_of(Holder(pod, rank, tier.lower(), group))
+
+    def store(
+        self,
+        holder: int,
+        hashes: EngineHashes,
+        parent: EngineHash | None,
+        tokens: Tokens,
+        *,
+        block_size: int,
+        root: int | None = None,
+        extras: Mapping[int, bytes] | None = None,
+    ) -> StoreResult:
+        """Add one copy of each block of a run that follows ``parent``.
+
+        Fewer hashes than blocks are the hashes of the last ones: an engine does not name the
+        blocks that a sliding window has left behind. A hash that named another block of the same
+        pod, rank and group names this one from now on; the copies of the other are dropped.
+
+        Args:
+            holder: From `holder`.
+            hashes: The engine's name of each block: 64-bit ints of either sign, or bytes (≤ 32).
+            parent: Engine hash of the block before; None is the start of a chain. Blocks whose
+                parent is unknown wait for it.
+            tokens: [n_blocks * block_size] uint32, C-contiguous.
+            block_size: Tokens per block, 1..4096.
+            root: Namespace of a chain that starts here; unused where there is a parent.
+            extras: Block number in this run -> bytes, as in `hash_blocks`.
+
+        Raises:
+            InvalidInputError: A value is out of range, or the tokens do not fit the hashes.
+        """
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        n_blocks = count_blocks(tokens, block_size, names.size)
+        if not names.size:
+            return _NOTHING
+        kind, before, wide_before = events.NO_PARENT, 0, NO_WIDE
+        if parent is not None:
+            kind, (before, wide_before) = events.PARENT, encode_one(parent)
+        elif root is not None:
+            kind, before = events.ROOT, check_word(root, "root")
+        if n_blocks > self.memory.n_keys:
+            self.memory.use_keys(n_blocks)
+        if wide.size or wide_before.size or extras:
+            self.memory.use_wide_names()
+            pairs = encode_extras(extras, n_blocks, self.seed)
+            done = events.store_any(
+                self._address, bit, tokens, block_size, pairs, names, wide, kind,
+                before - (before >> 63 << 64), wide_before,
+            )  # fmt: skip
+        else:
+            done = events.store(
+                self._address, bit, tokens, block_size, names, kind, before - (before >> 63 << 64)
+            )
+        if done < 0:
+            scope, known = self.members.names[holder].scope, cast(EngineHash, parent)
+            kept = (tokens.copy(), block_size, dict(extras or {}))
+            known = known if isinstance(known, bytes) else before
+            self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
+            return StoreResult(0, names.size, 0, 0)
+        if done < names.size:
+            keys = self.memory.use_keys(n_blocks)[n_blocks - names.size : n_blocks]
+            self.store_rest(bit, names, wide, keys, done)
+        joined = 0
+        if self.waiting.runs:
+            joined = self._join(self.members.names[holder].scope, decode(names, wide))
+        return StoreResult(names.size, 0, joined, self.settle(names.size))
+
+    def store_known(self, holder: int, hashes: EngineHashes) -> int:
+        """Add one copy of blocks named without tokens; return how many names are unknown.
+
+        Offloading connectors announce blocks by the engine's hash alone; it is looked up among
+        the blocks of the same pod, rank and group.
+        """
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        unknown = self.run(events.store_known, bit, names, wide)
+        self.settle(names.size)
+        return unknown
+
+    def remove(self, holder: int, hashes: EngineHashes) -> int:
+        """Take one copy of each block away; return how many hashes the holder did not have.
+
+        A block that waits for its parent is taken out of the waiting area.
+        """
+        bit = self.members.bit(holder)
+        names, wide = encode(hashes)
+        if not self.waiting.runs:
+            unknown = self.run(events.remove, bit, names, wide)
+        else:
+            unknown = 0
+            for i, name in enumerate(decode(names, wide)):
+                one = names[i : i + 1], wide[m.WIDE_WORDS * i : m.WIDE_WORDS * (i + 1)]
+                if self.run(events.remove, bit, *one):
+                    unknown += not self.waiting.cancel(holder, name)
+        self.settle(0)
+        return unknown
+
+    def apply(self, run: EventRun, *, block_size: int) -> int:
+        """Apply many events in order, as `store` and `remove` would; return the unknown removals.
+
+        Raises:
+            InvalidInputError: The arrays do not fit each other; nothing is applied.
+        """
+        return event_run.apply(self, run, block_size)
+
+    def run(self, kernel: Callable, bit: int, names: BlockKeys, wide: NDArray[np.uint64]) -> int:
+        """Run a kernel over names until its end, growing tables; return the unknown names."""
+        done = 0
+        while (done := kernel(self._address, bit, names, wide, done)) < names.size:
+            self.make_room()
+        unknown = self._header.item(m.UNKNOWN)
+        if unknown:
+            self._header[m.UNKNOWN] = 0
+        return unknown
+
+    def store_rest(
+        self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], keys: BlockKeys, done: int
+    ) -> None:
+        """Store what a full table left of a run, once there is room."""
+        while done < names.size:
+            self.make_room()
+            done = events.store_rest(self._address, bit, keys, names, wide, done)
+
+    def make_room(self) -> None:
+        """Let every table have room for a block; where the budget ends, evict."""
+        for table in m.TABLES:
+            while not self.memory.make_room(table, 4):
+                self.budget.evict()
+
+    def _join(self, scope: Scope, names: list[EngineHash]) -> int:
+        """Place the runs that waited for these names, and those that waited for them."""
+        joined, area = 0, self.waiting
+        ready = [number for name in names for number in area.children(scope, name)]
+        heapq.heapify(ready)
+        while ready:
+            number = heapq.heappop(ready)
+            run = area.runs.get(number)
+            row = run and self._resolve(run.scope, run.parent)
+            if not run or not row:
+                continue
+            area.take(number)
+            key = int(self.memory.rows(m.BLOCKS)[row, 0])
+            keys = hash_blocks(
+                run.tokens,
+                block_size=run.block_size,
+                root=key,
+                extras=run.extras,
+                seed=self.seed,
+            )[-len(run.names) :]
+            left = [name for name in run.names if name is not None]
+            called, wide = encode(cast(EngineHashes, left))
+            self._header[m.LAST_ROW] = row
+            chosen = keys[[name is not None for name in run.names]]
+            self.store_rest(self.members.bit(run.holder), called, wide, chosen, 0)
+            joined += len(left)
+            for name in left:
+                for child in area.children(run.scope, name):
+                    heapq.heappush(ready, child)
+        return joined
+
+    def _resolve(self, scope: Scope, name: EngineHash) -> int:
+        """Return the row of the block that a scope calls ``name``, or 0."""
+        word, wide = encode_one(name)
+        return events.resolve(self._address, self.members.scopes[scope], np.uint64(word), wide)
+
+    def key_of(self, holder: int, name: EngineHash) -> int | None:
+        """Return the key of the block that the holder's pod, rank and group call ``name``."""
+        row = self._resolve(self.members.names[holder].scope, name)
+        return int(self.memory.rows(m.BLOCKS)[row, 0]) if row else None
+
+    def settle(self, n_blocks: int) -> int:
+        """Do a step of what is due after an operation; return the hashes it gave a new meaning."""
+        if self.members.dead_bits:
+            self.members.sweep()
+        if self.memory.growing:
+            self.memory.release_old()
+        self.budget.blocks_until_check -= n_blocks
+        if self.budget.blocks_until_check < 0:
+            self.budget.check()
+        replaced = self._header.item(m.REPLACED)
+        if replaced:
+            self._header[m.REPLACED] = 0
+        return replaced
+
+    def clear_pod(self, pod: str, rank: int | None = None) -> int:
+        """Drop all blocks of a pod, or of one rank of it; return how many it held.
+
+        Its members get new bits, and the old ones no longer count: that takes microseconds. Later
+        operations purge the rows, some of them each.
+        """
+        dropped = 0
+        for scope in self._scopes_of(pod, rank):
+            for holder in self.members.of_scope(scope):
+                self.waiting.clear(holder)
+            dropped += self.members.renew(scope)
+        self.settle(0)
+        return dropped
+
+    def drop_pod(self, pod: str) -> int:
+        """Drop a pod that is gone for good, with its holder ids; return how many blocks it held."""
+        dropped = self.clear_pod(pod)
+        for scope in self._scopes_of(pod, None):
+            self.members.forget(scope)
+            self.windows.pop(scope, None)
+        return dropped
+
+    def _scopes_of(self, pod: str, rank: int | None) -> list[Scope]:
+        return [s for s in self.members.scopes if s[0] == pod and rank in (None, s[1])]
+
+    def set_window(self, pod: str, rank: int, group: int, window_blocks: int | None) -> None:
+        """Declare a group's attention: its last ``window_blocks`` before a hit's end must be held.
+
+        None, and every group that was not declared, is full attention: all blocks must be held.
+
+        Raises:
+            InvalidInputError: ``window_blocks`` is below 1.
+        """
+        if window_blocks is not None and window_blocks < 1:
+            raise InvalidInputError(f"a window has at least 1 block, got {window_blocks}")
+        self.windows[pod, rank, group] = window_blocks
+
+    def match(self, keys: BlockKeys) -> NDArray[np.int32]:
+        """Return the scopes that hold the first block, and how many leading blocks each one holds.
+
+        This is the hot path: arrays, no object per pod. A scope is (pod, rank, group), held by
+        any of its tiers; `scopes` gives the names.
+
+        Args:
+            keys: The prompt's block keys [n_blocks] uint64, a chain from `hash_blocks`.
+
+        Returns:
+            [2, n_scopes] int32: scope numbers, blocks; the shortest first.
+
+        Raises:
+            ArrayError: ``keys`` is another kind of array.
+        """
+        check_keys(keys)
+        out = np.empty((2, self.members.n_bits), dtype=np.int32)
+        return out[:, : lookup.match(self._address, keys, out)]
+
+    def scopes(self) -> dict[int, Scope]:
+        """Return (pod, rank, group) by the number that `match` uses; a clear changes it."""
+        return dict(self.members.scope_at)
+
+    def holders(self) -> dict[int, Holder]:
+        """Return every holder by its id."""
+        return dict(self.members.names)
+
+    def presence(self, keys: BlockKeys, holders: Iterable[int]) -> NDArray[np.bool_]:
+        """Tell which holder holds which block: [n_holders, n_keys]."""
+        check_keys(keys)
+        bits = np.array([self.members.bit(h) for h in holders], dtype=np.int64)
+        out = np.empty((bits.size, keys.size), dtype=np.bool_)
+        lookup.presence(self._address, keys, bits, out)
+        return out
+
+    def holder_stats(self) -> list[HolderStats]:
+        """Return the counters of every holder."""
+        waiting = dict.fromkeys(self.members.names, 0)
+        for run in self.waiting.runs.values():
+            waiting[run.holder] += run.n_blocks()
+        stats = []
+        for number, name in sorted(self.members.names.items()):
+            row = self.memory.members[self.members.bits[number]].tolist()
+            lost = self.waiting.dropped.get(number, 0), row[m.EVICTED]
+            stats.append(HolderStats(name, row[m.HELD], row[m.COPIES], waiting[number], *lost))
+        return stats
+
+    def size_bytes(self) -> int:
+        """Return the bytes in use, which ``capacity_bytes`` bounds."""
+        return self.memory.size_bytes()
+
+    def check(self) -> None:
+        """Verify every invariant in O(size); for tests.
+
+        Raises:
+            AssertionError: The first one that is broken.
+        """
+        index_check.check(self)
+
+    def snapshot(self, path: str | PathLike) -> None:
+        """Write everything to a file, which takes the place of an older one at once."""
+        index_snapshot.write(self, path)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | PathLike,
+        *,
+        capacity_bytes: int = 1 << 30,
+        max_waiting_blocks: int = 65_536,
+    ) -> "BlockIndex":
+        """Read a snapshot back; the index continues as if it had never stopped.
+
+        Raises:
+            SnapshotError: The file is foreign, damaged or of another version.
+        """
+        return index_snapshot.read(
+            cls, path, capacity_bytes=capacity_bytes, max_waiting_blocks=max_waiting_blocks
+        )

@@ -1,0 +1,89 @@
+"""Runs of blocks whose parent is not known yet: bounded, the oldest goes first."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvcore.engine_hashes import EngineHash
+from kvcore.hashing import Tokens
+from kvcore.holders import Scope
+
+
+@dataclass
+class WaitingRun:
+    """One store that cannot be placed; ``names[i]`` is None once it was removed again."""
+
+    holder: int
+    scope: Scope
+    names: list[EngineHash | None]
+    parent: EngineHash
+    tokens: Tokens
+    block_size: int
+    extras: Mapping[int, bytes]
+
+    def n_blocks(self) -> int:
+        """Return how many blocks still wait."""
+        return sum(name is not None for name in self.names)
+
+
+class WaitingArea:
+    """Runs in order of arrival, found by the parent they wait for or by a name in them."""
+
+    def __init__(self, max_blocks: int) -> None:
+        self.max_blocks = max_blocks
+        self.runs: dict[int, WaitingRun] = {}
+        self.dropped: defaultdict[int, int] = defaultdict(int)  # blocks, by holder
+        self.n_blocks = 0
+        self._next = 0
+        self._by_parent: defaultdict[tuple[Scope, EngineHash], list[int]] = defaultdict(list)
+        self._by_name: defaultdict[tuple[int, EngineHash], list[int]] = defaultdict(list)
+
+    def add(self, run: WaitingRun) -> None:
+        """Let a run wait, and drop the oldest ones beyond the bound."""
+        number, self._next = self._next, self._next + 1
+        self.runs[number] = run
+        self.n_blocks += run.n_blocks()
+        self._by_parent[run.scope, run.parent].append(number)
+        for name in run.names:
+            if name is not None:
+                self._by_name[run.holder, name].append(number)
+        while self.n_blocks > self.max_blocks:
+            oldest = self.take(next(iter(self.runs)))
+            self.dropped[oldest.holder] += oldest.n_blocks()
+
+    def take(self, number: int) -> WaitingRun:
+        """Take a run out."""
+        run = self.runs.pop(number)
+        self.n_blocks -= run.n_blocks()
+        self._forget(self._by_parent, (run.scope, run.parent), number)
+        for name in run.names:
+            if name is not None:
+                self._forget(self._by_name, (run.holder, name), number)
+        return run
+
+    def cancel(self, holder: int, name: EngineHash) -> bool:
+        """Remove one copy of a block that waits, of the oldest run that has it."""
+        numbers = self._by_name.get((holder, name))
+        if not numbers:
+            return False
+        run = self.runs[numbers[0]]
+        run.names[run.names.index(name)] = None
+        self._forget(self._by_name, (holder, name), numbers[0])
+        self.n_blocks -= 1
+        return True
+
+    def children(self, scope: Scope, parent: EngineHash) -> list[int]:
+        """Return the numbers of the runs that wait for a parent."""
+        return list(self._by_parent.get((scope, parent), ()))
+
+    def clear(self, holder: int) -> None:
+        """Drop what waits for a holder, and its count of dropped blocks."""
+        for number in [n for n, run in self.runs.items() if run.holder == holder]:
+            self.take(number)
+        self.dropped.pop(holder, None)
+
+    @staticmethod
+    def _forget(numbers: defaultdict, key: tuple, number: int) -> None:
+        numbers[key].remove(number)
+        if not numbers[key]:
+            del numbers[key]
