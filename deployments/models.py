@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from deployments.model_files import (
 )
 from deployments.settings import ModelsSettings
 from kvcore.errors import (
+    HubTimeoutError,
     ModelDamagedError,
     ModelError,
     ModelNotFoundError,
@@ -100,6 +102,8 @@ class ModelStore:
         self._models: dict[str, Model] = {}  # least recently used first
         self._loading: dict[str, asyncio.Task[Model]] = {}
         self._retry_at = float("inf")
+        # Of its own: loads that wait for a slow hub must not keep prompts from being encoded.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="load-model")
 
     async def get(self, name: str | None = None) -> Model:
         """Return a model, the default one for None; the first call loads it.
@@ -149,11 +153,12 @@ class ModelStore:
     async def _load(self, name: str) -> Model:
         try:
             model = await asyncio.wait_for(
-                asyncio.to_thread(load_model, name, self._settings),
-                self._settings.fetch_timeout_s,
+                self._in_thread(load_model, name, self._settings), self._settings.fetch_timeout_s
             )
         except asyncio.TimeoutError as error:
-            model = await self._stand_in(name, ModelError(f"loading {name} took too long"), error)
+            model = await self._stand_in(
+                name, HubTimeoutError(f"loading {name} took too long"), error
+            )
         except ModelError as error:
             model = await self._stand_in(name, error, error)
         self._models[name] = model
@@ -169,8 +174,11 @@ class ModelStore:
             return before
         text = f"the embedded model stands in for {name}: {reason}"
         log.error("FALLBACK: %s. Scores will not match engines that serve the real model.", text)
-        embedded = await asyncio.to_thread(load_embedded, self._settings)
+        embedded = await self._in_thread(load_embedded, self._settings)
         return replace(embedded, name=name, fallback_reason=text)
+
+    def _in_thread(self, load: Callable[..., Model], *arguments: object) -> asyncio.Future[Model]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, load, *arguments)
 
     def _make_room(self, newest: str) -> None:
         keep = {newest, self._settings.default}

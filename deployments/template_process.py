@@ -4,7 +4,6 @@ python -m deployments.template_process MEMORY_BYTES CPU_SECONDS
 """
 
 import json
-import os
 import resource
 import sys
 from datetime import datetime
@@ -16,9 +15,8 @@ from kvcore.templates import ChatTemplate
 
 
 def main() -> None:
-    """Limit this process, then serve one job."""
+    """Limit this process to MEMORY_BYTES and CPU_SECONDS, its arguments; then serve one job."""
     memory_bytes, cpu_s = int(sys.argv[1]), int(sys.argv[2])
-    os.nice(10)  # requests without a template of their own go first
     for kind, limit in (
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, cpu_s),
@@ -49,7 +47,3 @@ def _render(job: dict[str, Any]) -> dict[str, Any]:
     if len(text) > job["max_chars"]:
         raise PromptTooLongError(len(text), job["max_chars"], "characters")
     return {"text": text, "add_special_tokens": special}
-
-
-if __name__ == "__main__":
-    main()

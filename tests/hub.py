@@ -7,9 +7,29 @@ import json
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+EMBEDDED = Path(__file__).parents[1] / "deployments" / "embedded"
+FILES = {
+    "tokenizer.json": (EMBEDDED / "tokenizer.json").read_bytes(),
+    "tokenizer_config.json": b'{"bos_token": "<s>", "chat_template": "old"}',
+    "chat_template.jinja": b"new {{ messages[0].content }}",
+    "additional_chat_templates/tool_use.jinja": b"tools {{ messages[0].content }}",
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights",
+    "modeling.py": b"code",
+}
+MODEL = "some-org/some-model"
+
+
+def write_folder(path: Path, files: dict[str, bytes] = FILES) -> Path:
+    """Write a model's files into a folder; returns it."""
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
 
 
 class Hub:
