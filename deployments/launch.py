@@ -128,6 +128,8 @@ class Service:
             self._say("stopping Ray")
             _end(self._ray, signal.SIGTERM, _RAY_STOP_TIMEOUT_S)
             self._ray = None
+            for pid in _processes_naming(str(self._scratch)):  # HAProxy outlives a killed Ray
+                os.kill(pid, signal.SIGKILL)
             self._say("stopped")
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -225,6 +227,18 @@ def _free_port(preferred: int) -> int:
                 continue
             return probe.getsockname()[1]
     raise LaunchError("no TCP port is free on 127.0.0.1")
+
+
+def _processes_naming(scratch: str) -> list[int]:
+    """Return the processes that were started with our own scratch folder as an argument."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"{scratch}/".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
 
 
 def _end(child: "subprocess.Popen[bytes]", kind: signal.Signals, timeout_s: float) -> None:
