@@ -1,7 +1,7 @@
 """The whole graph on one screen: which deployment calls which.
 
-    HTTP ─▶ Ingress ──(renderer, tokenizer: inline or deployments)──▶ Indexer ◀─ZMQ─ engines
-               └──HTTP──▶ the pod with the best score                    └─ZMQ─▶ subscribers
+HTTP ─▶ Ingress ──(renderer, tokenizer: inline or deployments)──▶ Indexer ◀─ZMQ─ engines
+           └──HTTP──▶ the pod with the best score                    └─ZMQ─▶ subscribers
 """
 
 import os
@@ -26,7 +26,8 @@ def build(settings: Settings) -> Application:
     settings = with_environment(settings, os.environ)
 
     def place(cls: type, name: str, *arguments: Any) -> Application:
-        return serve.deployment(cls, name=name, **_SMALL).bind(*arguments)
+        deployment: Any = serve.deployment(cls, name=name, **_SMALL)
+        return deployment.bind(*arguments)
 
     indexer = place(Indexer, "Indexer", settings)
     renderer = tokenizer = fleet = None

@@ -72,7 +72,9 @@ def _run(config: Path) -> int:
 def _check(config: Path) -> int:
     document = yaml.safe_load(config.read_text())
     settings = read_settings(document)
-    port = int(os.environ.get("HTTP_PORT") or (document.get("http_options") or {}).get("port", 8000))
+    port = int(
+        os.environ.get("HTTP_PORT") or (document.get("http_options") or {}).get("port", 8000)
+    )
     problems = find_problems([(port, "the HTTP API"), *settings.ports()])
     print("\n".join(problems) or f"{config} can start here.")
     return 1 if problems else 0
@@ -90,14 +92,15 @@ def _banner(service: Service) -> str:
         lines.append(f"  events     {settings.publisher.endpoint}    (topics kv.… and kv.chat.…)")
     if settings.fleet:
         lines.append(
-            f"  fleet      {settings.fleet.n_pods} simulated engines, blocks of {settings.block_size} tokens"
+            f"  fleet      {settings.fleet.n_pods} simulated engines, "
+            f"blocks of {settings.block_size} tokens"
         )
     lines += [
         "",
         "  Try it (run `make demo` in another terminal for the tour, Ctrl+C here to stop):",
         "",
         f"  curl -s {service.url}/score_completions -H 'content-type: application/json' \\",
-        f"    -d '{{\"prompt\": \"{prompt}\"}}'",
+        f'    -d \'{{"prompt": "{prompt}"}}\'',
         "",
     ]
     return "\n".join(lines)

@@ -132,7 +132,9 @@ class Engines:
                 continue
             except (aiohttp.ClientError, asyncio.TimeoutError) as error:
                 engine.n_running -= 1
-                raise EngineUnavailableError(f"{pod} broke off: {error or type(error).__name__}") from error
+                raise EngineUnavailableError(
+                    f"{pod} broke off: {error or type(error).__name__}"
+                ) from error
             except BaseException:
                 engine.n_running -= 1
                 raise

@@ -27,7 +27,13 @@ class Fleet:
         tokenizer = Tokenizer(settings.model_store, store=store)
         self._engines = [
             SimulatedEngine(
-                pod.name, rank, settings.fleet, settings.block_size, settings.model, renderer, tokenizer
+                pod.name,
+                rank=rank,
+                settings=settings.fleet,
+                block_size=settings.block_size,
+                model=settings.model,
+                renderer=renderer,
+                tokenizer=tokenizer,
             )
             for rank, pod in enumerate(settings.fleet.pods(settings.model))
         ]

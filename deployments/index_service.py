@@ -102,9 +102,7 @@ class IndexService:
         n_reusable = max(0, (tokens.size - 1) // size)
         reused = scores
         if n_reusable < keys.size:
-            reused = score(
-                self._index, keys[:n_reusable], tier_weights=weights, pods=query.pods
-            )
+            reused = score(self._index, keys[:n_reusable], tier_weights=weights, pods=query.pods)
         cached: dict[str, int] = {}
         for rank in reused:
             cached[rank.pod] = max(cached.get(rank.pod, 0), rank.blocks * size)

@@ -88,7 +88,11 @@ class Indexer:
 
     async def close(self) -> None:
         """Flush what was published and close the sockets."""
-        if self._starting.done() and not self._starting.cancelled() and not self._starting.exception():
+        if (
+            self._starting.done()
+            and not self._starting.cancelled()
+            and not self._starting.exception()
+        ):
             published = await self._starting.result().close()
             _log.info("indexer: published events flushed, sockets closed: %s", published)
         self._starting.cancel()

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from deployments import http_errors, own_answer
 from deployments.coalescer import Coalescer
@@ -79,7 +78,7 @@ class Ingress:
         context = contextvars.Context()
         self._started = context.run(asyncio.get_running_loop().create_task, _all(waits))
 
-    def __serve_build_asgi_app__(self) -> Starlette:  # noqa: PLW3201 - the name Serve looks for
+    def __serve_build_asgi_app__(self) -> Starlette:
         """Return the ASGI app, built in the replica so that nothing of it is pickled."""
         return self.app()
 
@@ -237,7 +236,9 @@ class Ingress:
         stream = bool(body.get("stream"))
         if not self._engines:
             text = own_answer.answer_text(answer, scores, mode, reason)
-            made = own_answer.answer_body(text, body["model"], request_id_of(request), answer, is_chat)
+            made = own_answer.answer_body(
+                text, body["model"], request_id_of(request), answer, is_chat
+            )
             if not stream:
                 return JsonResponse(made, headers=headers)
             events = own_answer.answer_events(made, body)
@@ -293,7 +294,9 @@ class Ingress:
             model, text = scored.model or self._settings.model, scored.prompt
             special = scored.add_special_tokens
         encoded = await self._encode(model, text, add_special_tokens=special)
-        mode, reason = ("FALLBACK", encoded.fallback_reason) if encoded.fallback_reason else ("EXACT", None)
+        mode, reason = (
+            ("FALLBACK", encoded.fallback_reason) if encoded.fallback_reason else ("EXACT", None)
+        )
         tokens = np.asarray(encoded.tokens)
         return JsonResponse(
             {"model": model, "count": len(tokens), "tokens": tokens, "mode": mode, "reason": reason}
@@ -304,7 +307,12 @@ class Ingress:
         rendered = await self._render(await self._body(request))
         mode = "FALLBACK" if rendered.fallback_reason else "EXACT"
         return JsonResponse(
-            {"model": rendered.model, "prompt": rendered.text, "mode": mode, "reason": rendered.fallback_reason}
+            {
+                "model": rendered.model,
+                "prompt": rendered.text,
+                "mode": mode,
+                "reason": rendered.fallback_reason,
+            }
         )
 
     async def _health(self, _request: Request) -> Response:
@@ -322,7 +330,13 @@ class Ingress:
     async def _models(self, _request: Request) -> Response:
         known = [asdict(model) for model in await self._models_known()]
         data = [
-            {"id": model.pop("name"), "object": "model", "created": 0, "owned_by": "kvatlas", **model}
+            {
+                "id": model.pop("name"),
+                "object": "model",
+                "created": 0,
+                "owned_by": "kvatlas",
+                **model,
+            }
             for model in known
         ]
         return JsonResponse({"object": "list", "data": data})

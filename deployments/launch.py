@@ -71,7 +71,9 @@ class Service:
     order: Serve first, which closes sockets and flushes events, then Ray.
     """
 
-    def __init__(self, config: Path, *, say: Callable[[str], None], ray_dir: Path | None = None) -> None:
+    def __init__(
+        self, config: Path, *, say: Callable[[str], None], ray_dir: Path | None = None
+    ) -> None:
         self._config_text = yaml.safe_load(config.read_text())
         self._config_path, self._say, self._ray_dir = config, say, ray_dir
         self._scratch = Path(tempfile.mkdtemp(prefix="kvatlas-"))
@@ -104,7 +106,7 @@ class Service:
         self._say(f"starting Serve with {self._config_path}")
         effective = self._scratch / self._config_path.name
         effective.write_text(yaml.safe_dump(self._config_text))
-        self._serve = subprocess.Popen(
+        self._serve = subprocess.Popen(  # noqa: S603 - our own words and file
             [_tool("serve"), "run", str(effective), "--address", self.ray_address],
             env=environment, start_new_session=True,
         )  # fmt: skip
@@ -138,7 +140,8 @@ class Service:
         command = [
             _tool("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={self._ray_port}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={_free_port(10001)}",
+            f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={_free_port(10001)}",
             f"--dashboard-agent-listen-port={_free_port(52365)}",
             f"--num-cpus={max(4, os.cpu_count() or 1)}", f"--object-store-memory={128 << 20}",
             "--disable-usage-stats",
@@ -146,7 +149,7 @@ class Service:
         if self._ray_dir is not None:
             command.append(f"--temp-dir={self._ray_dir}")
         with log.open("wb") as output:
-            self._ray = subprocess.Popen(
+            self._ray = subprocess.Popen(  # noqa: S603 - our own words
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
             )
         try:
@@ -156,12 +159,18 @@ class Service:
             raise LaunchError(f"{error}\n{tail}") from error
 
     def _wait(
-        self, ready: Callable[[], bool], child: "subprocess.Popen[bytes]", what: str, timeout_s: float
+        self,
+        ready: Callable[[], bool],
+        child: "subprocess.Popen[bytes]",
+        what: str,
+        timeout_s: float,
     ) -> None:
         deadline = time.monotonic() + timeout_s
         while not ready():
             if child.poll() is not None:
-                raise LaunchError(f"{what} ended with exit code {child.returncode} before it was up")
+                raise LaunchError(
+                    f"{what} ended with exit code {child.returncode} before it was up"
+                )
             failed = self._failed_application() if what == "the service" else None
             if failed:
                 raise LaunchError(f"Serve could not deploy the application: {failed}")
@@ -179,7 +188,7 @@ class Service:
     def _applications(self) -> dict[str, dict[str, str]] | None:
         url = f"http://127.0.0.1:{self.dashboard_port}/api/serve/applications/"
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own http URL
                 return json.load(answer)["applications"]
         except (OSError, ValueError, KeyError):
             return None

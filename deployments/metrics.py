@@ -1,5 +1,7 @@
 """What we count, by the names that appear at Ray's metrics port (``ray_kvatlas_…``)."""
 
+from typing import Any
+
 from ray.serve import metrics
 
 from deployments.schemas import Mode
@@ -11,8 +13,9 @@ class IngressMetrics:
     """Counters of one ingress replica."""
 
     def __init__(self) -> None:
+        keys: Any = ("route_path", "status")  # Ray types a tuple of one
         self._requests = metrics.Counter(
-            "kvatlas_requests", "HTTP requests by route and status.", ("route_path", "status")
+            "kvatlas_requests", "HTTP requests by route and status.", keys
         )
         self._latency = metrics.Histogram(
             "kvatlas_request_latency_ms", "From first byte in to last byte out, milliseconds.",

@@ -48,7 +48,9 @@ class CompletionRequest(BaseModel):
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             if len(prompt) > 1:
-                raise InvalidFieldError("prompt", "send one prompt per request, each is routed alone")
+                raise InvalidFieldError(
+                    "prompt", "send one prompt per request, each is routed alone"
+                )
             prompt = prompt[0]
         is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         if not prompt or not (isinstance(prompt, str) or is_ids):

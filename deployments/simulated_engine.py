@@ -26,11 +26,10 @@ from kvcore.errors import InvalidInputError, KvError
 from kvcore.paged_cache import CacheEvent, PagedCache, RemovedBlock
 from kvcore.tokens import Tokens, as_tokens
 
-_WORDS = (
-    "a block of the cache is held by one pod and the next pod will ask for it again so we keep"
-    " every prefix in the index and say which engine has most of it when a new prompt comes in"
-).split()
-_OPENINGS = ("The", "A", "This", "In", "We", "It", "One", "Most")
+_WORDS = ["a", "block", "of", "the", "cache", "is", "held", "by", "one", "pod", "and", "next",
+          "will", "ask", "for", "it", "again", "so", "we", "keep", "every", "prefix", "in", "index",
+          "say", "which", "engine", "has", "most", "when", "new", "prompt", "comes"]  # fmt: skip
+_OPENINGS = ["The", "A", "This", "In", "We", "It", "One", "Most"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class SimulatedEngine:
     """
 
     def __init__(
-        self, name: str, rank: int, settings: FleetSettings, block_size: int,
+        self, name: str, *, rank: int, settings: FleetSettings, block_size: int,
         model: str, renderer: Renderer, tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         self.name, self._model, self._settings = name, model, settings
@@ -156,7 +155,7 @@ class SimulatedEngine:
         count = max(1, min(wanted, ask.max_tokens))
         return [random.choice(self._openings), *random.choices(self._words, k=count - 1)]
 
-    async def _single_tokens(self, words: list[str] | tuple[str, ...]) -> list[tuple[str, int]]:
+    async def _single_tokens(self, words: list[str]) -> list[tuple[str, int]]:
         """Keep the words that are one token, so that text and ids stay in step."""
         found = []
         for word in words:
@@ -171,7 +170,7 @@ class SimulatedEngine:
         events = self.cache.take_events()
         if events:
             batch = [time.time(), [self._wire(event) for event in events], 0]
-            self._events.send(self._topic, msgpack.packb(batch))
+            self._events.send(self._topic, bytes(msgpack.packb(batch) or b""))
 
     def _wire(self, event: CacheEvent) -> dict[str, Any]:
         """Write an event as vLLM 0.30 does: a map with the type as a tag."""
@@ -212,7 +211,7 @@ class SimulatedEngine:
             )
             tokens = encoded.tokens
         else:
-            tokens = as_tokens(prompt)
+            tokens = as_tokens(prompt or [])
         ask = _ask(body, tokens, body.get("max_tokens") or 16, is_chat=False)
         return await self._answer(request, body, ask)
 
@@ -260,7 +259,11 @@ class SimulatedEngine:
             await response.write(_event({**head, "choices": [choice]}))
 
         if ask.is_chat:
-            role = {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
+            role = {
+                "index": 0,
+                "finish_reason": None,
+                "delta": {"role": "assistant", "content": ""},
+            }
             await response.write(_event({**head, "choices": [role]}))
         await send(first, None)
         async for piece in pieces:
@@ -290,7 +293,7 @@ class SimulatedEngine:
         if not self.cache.clear():
             raise InvalidInputError("a sequence is running; the cache was not cleared")
         batch = [time.time(), [{"type": "AllBlocksCleared"}], 0]
-        self._events.send(self._topic, msgpack.packb(batch))
+        self._events.send(self._topic, bytes(msgpack.packb(batch) or b""))
         return web.Response()
 
 
@@ -300,7 +303,9 @@ async def _errors_as_json(request: web.Request, handler: Any) -> web.StreamRespo
         return await handler(request)
     except KvError as error:
         kind = "invalid_request_error"
-        return _json({"error": {"message": str(error), "type": kind, "param": None, "code": 400}}, 400)
+        return _json(
+            {"error": {"message": str(error), "type": kind, "param": None, "code": 400}}, 400
+        )
 
 
 async def _read(request: web.Request) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One call in flight carries everybody who waits; one rider's trouble is that rider's alone."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ class _Callee:
     def __init__(self):
         self.batches, self.gate = [], asyncio.Event()
 
-    async def __call__(self, items):
+    async def __call__(self, items) -> Any:
         self.batches.append(items)
         await self.gate.wait()
         return [ValueError(item) if item < 0 else item * 10 for item in items]
