@@ -74,6 +74,11 @@ class EventLog:
         """The address of the events, with the port that a wildcard was given."""
         return None if self._pub is None else self._pub.get_string(zmq.LAST_ENDPOINT)
 
+    @property
+    def last_seq(self) -> int | None:
+        """The number of the newest message; None before the first."""
+        return self._buffer[-1][0] if self._buffer else None
+
     async def start(self) -> None:
         """Bind the sockets.
 

@@ -184,7 +184,7 @@ class Ingress:
         fallback = rendered.fallback_reason or encoded.fallback_reason
         mode, reason = _degradation(answer, fallback)
         body["model"] = rendered.model
-        return await self._route(request, body, answer, mode, reason)
+        return await self._route("/v1/chat/completions", request, body, answer, mode, reason)
 
     async def _completions(self, request: Request) -> Response:
         body = await self._body(request)
@@ -204,7 +204,7 @@ class Ingress:
         )
         mode, reason = _degradation(answer, fallback)
         body["model"] = model
-        return await self._route(request, body, answer, mode, reason)
+        return await self._route("/v1/completions", request, body, answer, mode, reason)
 
     async def _tokens(
         self, model: str, prompt: str | list[int], add_special_tokens: bool
@@ -218,6 +218,7 @@ class Ingress:
 
     async def _route(
         self,
+        path: str,
         request: Request,
         body: dict[str, Any],
         answer: ScoreAnswer,
@@ -232,7 +233,7 @@ class Ingress:
             self._pods_version = status.pods_version
         scores = answer.pod_scores()
         headers = _score_headers(scores, mode, reason)
-        is_chat = request.url.path == "/v1/chat/completions"
+        is_chat = path == "/v1/chat/completions"
         stream = bool(body.get("stream"))
         if not self._engines:
             text = own_answer.answer_text(answer, scores, mode, reason)
@@ -244,7 +245,7 @@ class Ingress:
             events = own_answer.answer_events(made, body)
             return StreamingResponse(events, headers=headers, media_type="text/event-stream")
         reply = await self._engines.forward(
-            request.url.path,
+            path,
             orjson.dumps(body),
             self._engines.ranking(scores),
             request_id_of(request),

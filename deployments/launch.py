@@ -180,7 +180,7 @@ class Service:
 
     def _is_ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/ready", timeout=2) as answer:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=2) as answer:  # noqa: S310 - our own http URL
                 return answer.status == 200
         except (OSError, urllib.error.URLError):
             return False
@@ -188,7 +188,7 @@ class Service:
     def _applications(self) -> dict[str, dict[str, str]] | None:
         url = f"http://127.0.0.1:{self.dashboard_port}/api/serve/applications/"
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own http URL
+            with urllib.request.urlopen(url, timeout=5) as answer:
                 return json.load(answer)["applications"]
         except (OSError, ValueError, KeyError):
             return None

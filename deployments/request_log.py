@@ -44,5 +44,5 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            route = scope["path"] if "endpoint" in scope else "unknown"
+            route = scope["path"] if status != 404 else "unknown"  # a path of any client's choice
             self._metrics.answered(route, status, time.perf_counter() - started)

@@ -287,7 +287,8 @@ class SimulatedEngine:
 
     async def _blocks(self, _request: web.Request) -> web.Response:
         """Tell the truth: copies per engine hash, to compare an index with."""
-        return _json({"copies": {str(key): n for key, n in self.cache.copies().items()}})
+        copies = {str(key): n for key, n in self.cache.copies().items()}
+        return _json({"copies": copies, "last_seq": self._events.last_seq})
 
     async def _reset(self, _request: web.Request) -> web.Response:
         if not self.cache.clear():

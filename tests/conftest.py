@@ -1,0 +1,82 @@
+"""One Ray instance for all end-to-end tests: started once, ended by name of its processes."""
+
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.launch import running
+
+_N_PODS = 3
+
+
+def _free_ports(n: int) -> int:
+    """Return the first of ``n`` consecutive free loopback ports."""
+    for first in range(21_000, 29_000, n):
+        probes = [socket.socket() for _ in range(n)]
+        try:
+            for offset, probe in enumerate(probes):
+                probe.bind(("127.0.0.1", first + offset))
+        except OSError:
+            continue
+        finally:
+            for probe in probes:
+                probe.close()
+        return first
+    raise RuntimeError("no free ports")
+
+
+def _configuration() -> dict:
+    """Two applications over one fleet: everything inline at ``/``, apart at ``/apart``."""
+    first = _free_ports(3 * _N_PODS + 4)
+    http, events, replay, own = (first + i * _N_PODS for i in range(4))
+    fleet = {
+        "n_pods": _N_PODS, "capacity_blocks": 96, "first_http_port": http,
+        "first_event_port": events, "first_replay_port": replay,
+        "prefill_us_per_token": 0, "decode_ms_per_token": 0, "max_output_tokens": 12,
+    }  # fmt: skip
+    pods = [
+        {
+            "name": f"pod-{i + 1}", "url": f"http://127.0.0.1:{http + i}",
+            "events": f"tcp://127.0.0.1:{events + i}", "replay": f"tcp://127.0.0.1:{replay + i}",
+        }
+        for i in range(_N_PODS)
+    ]  # fmt: skip
+    publisher = {
+        "endpoint": f"tcp://127.0.0.1:{own}",
+        "replay_endpoint": f"tcp://127.0.0.1:{own + 1}",
+    }
+    main = {"block_size": 4, "models": {"use_hub": False}}
+    apart = {"renderer": {"placement": "deployment"}, "tokenizer": {"placement": "deployment"}}
+    build = "deployments.app:build"
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": own + 2},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": "kvatlas", "route_prefix": "/", "import_path": build,
+                "args": {**main, "publisher": publisher, "fleet": fleet},
+            },
+            {
+                "name": "apart", "route_prefix": "/apart", "import_path": build,
+                "args": {**main, **apart, "events": {"pods": pods}},
+            },
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def service():
+    """The running service; its Ray logs are printed where it does not start."""
+    scratch = Path(tempfile.mkdtemp(prefix="kva-"))  # short: Ray's sockets live below it
+    config = scratch / "test.yaml"
+    config.write_text(yaml.safe_dump(_configuration()))
+    try:
+        with running(config, say=print, ray_dir=scratch / "ray") as started:
+            yield started
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
