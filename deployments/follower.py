@@ -194,8 +194,7 @@ class Follower:
             if isinstance(step, Clear):
                 for feed in self._feeds.values():
                     feed.clear()
-                self._losses_forgiven = self._losses
-                self._accusation = None
+                self._forgive()
             else:
                 if step.rank is not None:
                     self.rank = step.rank  # the engine knows better than the settings
@@ -206,9 +205,17 @@ class Follower:
             self._shown = reasons
             self._changed()
 
+    def _forgive(self) -> None:
+        """Forget what was wrong with blocks that are gone now."""
+        self._losses_forgiven = self._losses
+        self._accusation = None
+
     def _apply(self, feed: Feed, batch: EventBatch) -> None:
+        n_clears = feed.counters.clears
         try:
             feed.apply(batch)
+            if feed.counters.clears > n_clears:
+                self._forgive()
         except Exception:
             # A bug of ours must not stop the pod; what it left behind cannot be trusted.
             log.exception("a batch of pod %s could not be applied", self.pod)

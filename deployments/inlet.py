@@ -60,6 +60,7 @@ class Inlet:
 
     def close(self) -> None:
         """Close at once."""
-        sockets.close_socket(self._loop, self._monitor)
+        # In this order: libzmq says goodbye to the monitor, and would wait for one that is closed.
         self._socket.disable_monitor()
+        sockets.close_socket(self._loop, self._monitor)
         sockets.close_socket(self._loop, self._socket)

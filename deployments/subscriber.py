@@ -94,11 +94,15 @@ class Subscriber:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8192)
-        if self._settings.bind is not None:
-            self._door = guard(self._loop, self._context, self._settings.curve)
-            self._bound = self._open_inlet(None, 0)
-        for pod in self._settings.pods:
-            self.add_pod(pod)
+        try:
+            if self._settings.bind is not None:
+                self._door = guard(self._loop, self._context, self._settings.curve)
+                self._bound = self._open_inlet(None, 0)
+            for pod in self._settings.pods:
+                self.add_pod(pod)
+        except BaseException:
+            await self.close()
+            raise
         for name in {pod for pod, _ in self._positions} - set(self._pods):
             if self._bound is None:
                 self._index.drop_pod(name)  # no longer configured
@@ -260,11 +264,11 @@ class Subscriber:
             del self._ready[source]
             try:
                 has_more = self._read(source, end)
-            except Exception:
-                # One bad message must never stop the others.
+            except Exception as exc:
+                # One bad message must never stop the others; a broken socket has no more of them.
                 self.counters.errors += 1
                 log.exception("an event message could not be handled")
-                has_more = True
+                has_more = not isinstance(exc, zmq.ZMQError)
             if has_more and not self._is_closed:
                 self._wake(source)
             if time.perf_counter() >= end:

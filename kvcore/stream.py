@@ -89,16 +89,19 @@ class Stream:
 
     def position(self) -> Position:
         """Return what a later process needs to go on from here."""
-        return Position(self.next_seq, self.newest_ts, self._first, self._last_mark(), self.lost)
+        newest_ts = self.newest_ts if self.next_seq > 0 else None  # JSON has no infinity
+        return Position(self.next_seq, newest_ts, self._first, self._last_mark(), self.lost)
 
     def resume(self, position: Position) -> None:
         """Go on from a snapshot's position; the publisher must prove to be the same."""
+        if position.last is None or position.newest_ts is None:
+            return  # nothing was applied that a replay could vouch for
         self.next_seq, self.newest_ts = position.next_seq, position.newest_ts
         self._first = Mark(*position.first) if position.first else None
-        self._last = Mark(*position.last) if position.last else None
+        self._last = Mark(*position.last)
         self.lost = position.lost
-        self._is_joined = position.last is not None
-        self._is_suspect = self._is_joined
+        self._seen_seq = self.next_seq - 1
+        self._is_joined = self._is_suspect = True
 
     # -- what arrives
 
@@ -106,20 +109,22 @@ class Stream:
         """Take one live message."""
         self.counters.received += 1
         self.heard_at = now
-        if seq == self.next_seq and self._is_joined and not self._held and not self._is_suspect:
-            return self._apply(payload, batch)
+        if seq == self.next_seq and self._is_joined and not self._is_suspect:
+            steps = self._apply(payload, batch)
+            return steps + self._drain() if self._held else steps
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
             return self._revisit(seq, payload, batch, now)
-        if seq > self._seen_seq and seq > self.next_seq and not self._has_hole():
+        if seq > self.next_seq and not self._has_hole():
             self.counters.gaps += 1
             self._hole_since = now
         self._seen_seq = max(self._seen_seq, seq)
+        steps: list[Step] = []
+        if self._is_full(payload) and not self.has_replay:
+            steps = self._give_up(now)  # waiting longer would only lose more
         self._hold(seq, payload, batch)
-        if self._is_suspect:
-            return self._doubt(now)
-        return self._drain()
+        return steps + (self._doubt(now) if self._is_suspect else self._drain())
 
     def receive_replayed(
         self, seq: int, payload: bytes, batch: EventBatch | None, now: float
@@ -258,14 +263,17 @@ class Stream:
     def _hold(self, seq: int, payload: bytes, batch: EventBatch) -> None:
         if seq in self._held:
             self.counters.duplicates += 1
-        elif (
-            len(self._held) >= self.limits.max_held_batches
-            or self._held_bytes + len(payload) > self.limits.max_held_bytes
-        ):
+        elif self._is_full(payload):
             self.counters.shed += 1
         else:
             self._held[seq] = (payload, batch)
             self._held_bytes += len(payload)
+
+    def _is_full(self, payload: bytes) -> bool:
+        return (
+            len(self._held) >= self.limits.max_held_batches
+            or self._held_bytes + len(payload) > self.limits.max_held_bytes
+        )
 
     def _drain(self) -> list[Step]:
         steps: list[Step] = []

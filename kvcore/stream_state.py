@@ -62,7 +62,7 @@ class Position(NamedTuple):
     """Where a stream stands; small and JSON-serialisable, to be kept with an index snapshot."""
 
     next_seq: int
-    newest_ts: float
+    newest_ts: float | None
     first: tuple[int, int] | None
     last: tuple[int, int] | None
     lost: str | None

@@ -46,6 +46,7 @@ class RecordedEngine:
         self._connect, self._send_hwm, self._curve = connect, send_hwm, curve
         self.answer = answer  # what of a reply is sent; None: nothing, not even its end
         self.kept: deque[Message] = deque(maxlen=buffer)
+        self.is_stalling = False  # stop half-way through a reply
         self.n_asked = 0
         self._is_open = False
         self._open()
@@ -92,9 +93,13 @@ class RecordedEngine:
         found = self.answer([m for m in list(self.kept) if m[1] >= first])
         if found is None:
             return
+        if self.is_stalling:
+            found = found[: len(found) // 2]
         for topic, seq, payload in found:
             head = [asker, b""] if self._is_old_protocol else [asker, b"", topic]
             self._router.send_multipart([*head, seq.to_bytes(8, "big"), payload])
+        if self.is_stalling:
+            return
         end = [END, b""] if self._is_old_protocol else [b"", END, b""]
         self._router.send_multipart([asker, b"", *end])
 

@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(tmp_path) -> Iterator[Server]:
     folder = os.environ.get("KVATLAS_VLLM")
     if not folder or not (Path(folder) / "venv/bin/vllm").exists():
         pytest.skip("no vLLM: set KVATLAS_VLLM to the folder where vllm/setup.sh installed it")
@@ -64,6 +64,7 @@ def server() -> Iterator[Server]:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},  # it leaves files behind
         )
     yield Server(
         f"http://127.0.0.1:{http}", f"ipc://{folder}/{POD}.events", f"tcp://127.0.0.1:{replay}"

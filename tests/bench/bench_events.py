@@ -8,7 +8,6 @@ interleaved rounds: decoding alone, and all the way into the index as the subscr
 import argparse
 import cProfile
 import pstats
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -18,40 +17,7 @@ from kvcore.feed import Feed
 from kvcore.hashing import namespace_root
 from kvcore.index import BlockIndex
 from kvcore.stream import Stream
-from tests.engine import pack
-
-BLOCKS, BLOCK_SIZE = 64, 16
-
-
-def make(n: int, seed: int, vocabulary: int) -> list[bytes]:
-    """Return the payloads of ``n`` prefills in the shape of vLLM 0.32."""
-    chance = random.Random(seed)
-    return [
-        pack(
-            [
-                1.0 + number,
-                [
-                    {
-                        "type": "BlockStored",
-                        "block_hashes": [chance.getrandbits(64) for _ in range(BLOCKS)],
-                        "parent_block_hash": None,
-                        "token_ids": [
-                            chance.randrange(vocabulary) for _ in range(BLOCKS * BLOCK_SIZE)
-                        ],
-                        "block_size": BLOCK_SIZE,
-                        "lora_id": None,
-                        "medium": "GPU",
-                        "lora_name": None,
-                        "extra_keys": [None] * BLOCKS,
-                        "group_idx": 0,
-                        "kv_cache_spec_kind": "full_attention",
-                    }
-                ],
-                0,
-            ]
-        )
-        for number in range(n)
-    ]
+from tests.bench.flooder import BLOCK_SIZE, BLOCKS, make
 
 
 def root(model: str, adapter: str | None, salt: str | None) -> int:

@@ -8,45 +8,23 @@ applied (ms), and the process's memory.
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 
 import numpy as np
-import zmq
 
 from deployments.settings import EventsSettings, PodEndpoint
 from deployments.subscriber import Subscriber
 from kvcore.hashing import hash_blocks
 from kvcore.index import BlockIndex
 from kvcore.scorer import score
-from tests.bench.bench_events import BLOCK_SIZE, make, root
+from tests.bench.bench_events import root
+from tests.bench.flooder import BLOCK_SIZE
 from tests.deployments.test_faults import until
-
-
-def flood(endpoint: str, rate: float, seconds: float) -> None:
-    """Publish for some time: ``rate`` events a second, 0 as fast as possible."""
-    payloads = make(500, 1, 150_000)
-    context = zmq.Context()
-    socket = context.socket(zmq.XPUB)
-    socket.set(zmq.SNDHWM, 10_000)
-    socket.set(zmq.LINGER, 0)
-    socket.bind(endpoint)
-    socket.recv()
-    start, seq = time.time(), 0
-    rests = [payload[10:] for payload in payloads]
-    stamp = np.empty(1, dtype=">f8")
-    while (now := time.time()) < start + seconds:
-        if rate and seq > (now - start) * rate:
-            time.sleep(0.0005)
-            continue
-        stamp[0] = now
-        payload = b"\x93\xcb" + stamp.tobytes() + rests[seq % len(rests)]
-        socket.send_multipart([b"kv@pod-a@m", seq.to_bytes(8, "big"), payload])
-        seq += 1
-    context.destroy(linger=0)
 
 
 def percentiles(found: list[float]) -> str:
@@ -80,9 +58,10 @@ async def run(rate: float | None, scorers: int, seconds: float) -> None:
         await subscriber.start()
         process = None
         if rate is not None:
-            spawn = multiprocessing.get_context("spawn")
-            process = spawn.Process(target=flood, args=(endpoint, rate, seconds + 1.0))
-            process.start()
+            arguments = [endpoint, str(rate), str(seconds + 1.0)]
+            process = subprocess.Popen(  # noqa: ASYNC220, S603  # our own code, and it runs along
+                [sys.executable, "-m", "tests.bench.flooder", *arguments]
+            )
             await until(lambda: subscriber.statuses()[0].counters["applied"])
         end = time.perf_counter() + seconds
 
@@ -100,13 +79,13 @@ async def run(rate: float | None, scorers: int, seconds: float) -> None:
                 if status.lag_s is not None:
                     ages.append(status.lag_s)
 
-        before = subscriber.statuses()[0].counters["applied"]
+        before, worked = subscriber.statuses()[0].counters["applied"], time.thread_time()
         await asyncio.gather(watch(), *(ask() for _ in range(scorers)))
         status = subscriber.statuses()[0]
-        applied = status.counters["applied"] - before
+        applied, worked = status.counters["applied"] - before, time.thread_time() - worked
         await subscriber.close()
         if process is not None:
-            process.join()
+            process.wait()
     with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: ASYNC230  # a moment
         resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
     said = "none" if rate is None else "flood" if rate == 0 else f"{rate:.0f}/s"
@@ -114,6 +93,7 @@ async def run(rate: float | None, scorers: int, seconds: float) -> None:
         f"events {said:7} scorers {scorers:2} | scores {len(waits) / seconds:8.0f}/s"
         f" {percentiles(waits)}"
         f" | applied {applied * 64 / seconds / 1e6:5.2f} M blocks/s, age {percentiles(ages)}"
+        f" | loop used {worked / seconds:4.0%} of a core"
         f" | {status.state.value}, {status.counters['gaps']} gaps, {resident} MiB"
     )
 

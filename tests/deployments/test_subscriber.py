@@ -197,6 +197,23 @@ def test_pods_come_and_go_while_running(context, tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("field", ["events", "replay"])
+def test_a_malformed_endpoint_is_an_error_at_once(tmp_path, field):
+    """Not a log line at the first loss, and nothing half open stays behind."""
+
+    async def main() -> None:
+        with pytest.raises(zmq.ZMQError):
+            await make(pods=(pod(tmp_path, "pod-a", **{field: "tcp://nowhere"}),)).start()
+        subscriber = make()
+        await subscriber.start()
+        with pytest.raises(zmq.ZMQError):
+            subscriber.add_pod(pod(tmp_path, "pod-a", **{field: "tcp://nowhere"}))
+        assert (subscriber.statuses(), subscriber.pods()) == ([], [])
+        await subscriber.close()
+
+    asyncio.run(main())
+
+
 def test_a_pod_without_a_way_to_us_is_refused():
     """It would stay silent for ever."""
 
@@ -346,14 +363,10 @@ def test_an_encrypted_pod_is_followed(context, tmp_path, monkeypatch):
 
 CHILD = """
 import asyncio, json, pathlib, sys
-from kvcore.index import BlockIndex
-from tests.deployments.test_subscriber import make, pod, root
-from deployments.subscriber import Subscriber
-from deployments.settings import EventsSettings
-from tests.deployments.test_faults import QUICK
+from tests.deployments.test_subscriber import make, pod
 
 async def main(folder):
-    subscriber = make(pods=(pod(folder, "pod-a"),))
+    subscriber = make(pods=(pod(folder, "pod-a"), pod(folder, "pod-b")))
     await subscriber.start()
     while True:
         await asyncio.sleep(0.05)
@@ -361,51 +374,58 @@ async def main(folder):
         (folder / "new.json").write_text(json.dumps(subscriber.positions()))
         (folder / "new.index").rename(folder / "index")
         (folder / "new.json").rename(folder / "positions.json")
-        print(subscriber.statuses()[0].last_seq, flush=True)
+        print([s.last_seq for s in subscriber.statuses()], flush=True)
 
 asyncio.run(main(pathlib.Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("restarts", [False, True], ids=["engine lives", "engine restarts"])
-def test_a_killed_process_goes_on_from_its_snapshot(context, tmp_path, restarts):
-    """After kill -9 the index equals one that never died, without a replay of everything."""
+def test_a_killed_process_goes_on_from_its_snapshot(context, tmp_path):
+    """After kill -9 the index equals one that never died, without a replay of everything.
+
+    One of the two engines is killed as well, and has restarted meanwhile.
+    """
 
     async def main() -> None:
-        engine, cache = RecordedEngine(context, f"ipc://{tmp_path}/pod-a"), MadeCache(13)
+        names = ("pod-a", "pod-b")
+        engines = {name: RecordedEngine(context, f"ipc://{tmp_path}/{name}") for name in names}
+        caches = {name: MadeCache(13 + number) for number, name in enumerate(names)}
         child = subprocess.Popen(  # noqa: ASYNC220, S603  # our own code, and it runs along
             [sys.executable, "-c", CHILD, str(tmp_path)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         assert child.stdout is not None
-        await publish(engine, cache, 100)
+        for name in names:
+            await publish(engines[name], caches[name], 100)
         loop = asyncio.get_running_loop()
-        while (await loop.run_in_executor(None, child.stdout.readline)).strip() != b"99":
+        while (await loop.run_in_executor(None, child.stdout.readline)).strip() != b"[99, 99]":
             pass
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        if restarts:
-            engine.restart()
-            cache.restart()
-        for _ in range(50):
-            engine.keep(b"", *cache.step())
+        engines["pod-b"].restart()
+        caches["pod-b"].restart()
+        for name in names:
+            for _ in range(50):
+                engines[name].keep(b"", *caches[name].step())
 
-        positions = json.loads((tmp_path / "positions.json").read_text())
-        settings = EventsSettings.model_validate({**QUICK, "pods": (pod(tmp_path, "pod-a"),)})
         index = BlockIndex.restore(tmp_path / "index")
+        pods = tuple(pod(tmp_path, name) for name in names)
+        settings = EventsSettings.model_validate({**QUICK, "pods": pods})
         subscriber = Subscriber(settings, index, model_root=root)
-        subscriber.resume(positions)
+        subscriber.resume(json.loads((tmp_path / "positions.json").read_text()))
         await subscriber.start()
-        state, _ = subscriber.states()["pod-a", 0]
-        assert state is not PodState.EXACT
-        await until(lambda: is_exact(subscriber, cache))
-        ours, true = compare(subscriber, cache)
-        assert ours == true
-        assert status(subscriber).counters["applied"] == 50
-        engine.close()
+        assert PodState.EXACT not in {state for state, _ in subscriber.states().values()}
+        await until(lambda: [s.last_seq for s in subscriber.statuses()] == [149, 49])
+        await until(lambda: {s for s, _ in subscriber.states().values()} == {PodState.EXACT})
+        for name, cache in caches.items():
+            prompts = cache.prompts()
+            assert depths(index, name, prompts) == truth(cache, prompts)
+        assert [s.counters["applied"] for s in subscriber.statuses()] == [50, 50]
         await subscriber.close()
+        for engine in engines.values():
+            engine.close()
 
     asyncio.run(main())
 

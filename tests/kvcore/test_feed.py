@@ -237,3 +237,55 @@ def test_ranks_do_not_share(feed):
     assert [(s.pod, s.rank) for s in score(feed._index, keys, tier_weights={"gpu": 1.0})] == [
         ("pod-a", 1)
     ]
+
+
+def hybrid(*names, group, n_blocks, parent=None, start=0):
+    """Return what one step of a hybrid model stores in a group; group 1 is the full one."""
+    kind = ("full_attention", None) if group == 1 else ("sliding_window", 2 * BS)
+    return BlockStored(
+        hashes(*names),
+        parent,
+        tokens(n_blocks, start * BS),
+        BS,
+        group_idx=group,
+        kv_cache_spec_kind=kind[0],
+        kv_cache_spec_sliding_window=kind[1],
+    )
+
+
+def test_a_sliding_group_may_name_blocks_in_the_middle(feed):
+    """It skips the blocks that no window needs, wherever they are; engines send it first."""
+    apply(
+        feed,
+        hybrid(1, 4, 5, group=0, n_blocks=5),
+        hybrid(1, 2, 3, 4, 5, group=1, n_blocks=5),
+    )
+    assert cached(feed, tokens(5)) == 5
+    apply(feed, BlockRemoved(hashes(5), group_idx=1))
+    assert cached(feed, tokens(5)) == 1  # behind blocks 2 to 4 the window of the sliding one misses
+
+
+def test_a_sliding_group_may_follow_a_block_that_it_does_not_have(feed):
+    """The parent was left behind by its window; the full group still knows it."""
+    apply(feed, hybrid(1, 2, group=1, n_blocks=2))
+    apply(
+        feed,
+        hybrid(3, 4, group=0, n_blocks=2, parent=2, start=2),
+        hybrid(3, 4, group=1, n_blocks=2, parent=2, start=2),
+    )
+    assert cached(feed, tokens(4)) == 4
+
+
+def test_a_sliding_block_that_the_full_group_does_not_know_is_refused(feed):
+    """Guessing its place could make the pod look warmer than it is."""
+    apply(feed, hybrid(1, 2, 3, group=1, n_blocks=3), hybrid(9, group=0, n_blocks=3))
+    assert feed.counters.refused_events == 1
+    assert "full one" in (feed.doubt or "")
+
+
+def test_a_rank_has_a_bounded_number_of_tiers(feed):
+    """A pod that makes up media must not use up everybody's holders."""
+    for number in range(100):
+        apply(feed, BlockRemoved(hashes(1), medium=f"tier {number}"))
+    assert feed.counters.refused_events == 36
+    assert len(feed._index.holders()) == 64

@@ -205,6 +205,24 @@ def test_what_cannot_be_held_is_shed_and_comes_again_by_replay():
     assert applied(steps) == [float(n + 1) for n in range(100)]
 
 
+def test_without_replay_a_full_store_is_not_waited_for():
+    """Under a flood, waiting for a late batch would shed all that comes meanwhile."""
+    stream = Stream(has_replay=False, limits=StreamLimits(max_held_batches=10))
+    stream.receive(*message(0), 0.0)
+    steps = [s for n in range(2, 100) for s in stream.receive(*message(n), 0.0)]
+    assert applied(steps) == ["clear", *(float(n + 1) for n in range(2, 100))]
+    assert (stream.counters.shed, stream.counters.lost) == (0, 1)
+
+
+def test_the_missing_batch_is_taken_even_when_the_store_is_full():
+    """It is what everything held is waiting for."""
+    stream = Stream(has_replay=True, limits=StreamLimits(max_held_batches=10))
+    stream.receive(*message(0), 0.0)
+    for n in range(2, 12):
+        stream.receive(*message(n), 0.0)
+    assert len(stream.receive(*message(1), 0.0)) == 11
+
+
 def test_a_batch_that_its_own_publisher_holds_damaged_is_stepped_over(joined):
     """Asking for it again would never end."""
     joined.damaged(10.0)
@@ -223,6 +241,15 @@ def test_a_snapshot_goes_on_where_it_stood(joined):
     assert again.problem is not None
     start, steps = replay(again, [message(n) for n in range(5)])
     assert (start, applied(steps), again.problem) == (2, [4.0, 5.0], None)
+
+
+def test_a_snapshot_of_a_stream_that_has_heard_nothing_is_plain_json():
+    """It is stored by libraries that know no infinity, and read as if there were none."""
+    text = json.dumps(Stream(has_replay=True).position(), allow_nan=False)
+    again = Stream(has_replay=True, limits=LIMITS)
+    again.resume(Position(*json.loads(text)))
+    start, steps = replay(again, [message(0)])
+    assert (start, applied(steps), again.problem) == (0, [1.0], None)
 
 
 def test_a_snapshot_of_an_engine_that_restarted_meanwhile_is_dropped(joined):

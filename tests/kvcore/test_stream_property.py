@@ -192,11 +192,11 @@ def test_ends_exact_and_equal_or_partial_and_never_above_the_truth(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(OPS), max_size=120), st.integers(0, 2**32))
-def test_every_received_batch_is_counted_once(ops, seed):
+def test_every_live_batch_is_counted_once(ops, seed):
     """No event is lost without a counter moving."""
-    world = World(seed, has_replay=True, buffer=1000)
+    world = World(seed, has_replay=False, buffer=1000)
     for op in ops:
         world.act(op)
-    c = world.stream.counters
-    n_held = len(world.stream._held)
-    assert c.applied + c.duplicates + c.shed + n_held + c.conflicts >= c.received - c.restarts * 8
+    counters, held = world.stream.counters, len(world.stream._held)
+    dropped = counters.duplicates + counters.shed + counters.conflicts
+    assert counters.received == counters.applied + dropped + held
