@@ -184,7 +184,9 @@ class Ingress:
         fallback = rendered.fallback_reason or encoded.fallback_reason
         mode, reason = _degradation(answer, fallback)
         body["model"] = rendered.model
-        return await self._route("/v1/chat/completions", request, body, answer, mode, reason)
+        return await self._route(
+            "/v1/chat/completions", request, body=body, answer=answer, mode=mode, reason=reason
+        )
 
     async def _completions(self, request: Request) -> Response:
         body = await self._body(request)
@@ -204,7 +206,9 @@ class Ingress:
         )
         mode, reason = _degradation(answer, fallback)
         body["model"] = model
-        return await self._route("/v1/completions", request, body, answer, mode, reason)
+        return await self._route(
+            "/v1/completions", request, body=body, answer=answer, mode=mode, reason=reason
+        )
 
     async def _tokens(
         self, model: str, prompt: str | list[int], add_special_tokens: bool
@@ -220,6 +224,7 @@ class Ingress:
         self,
         path: str,
         request: Request,
+        *,
         body: dict[str, Any],
         answer: ScoreAnswer,
         mode: Mode,

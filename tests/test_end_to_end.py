@@ -15,9 +15,8 @@ from tests.http_client import ask, wait_until
 
 pytestmark = pytest.mark.cluster
 
-_WORDS = (
-    "who keeps this cache of blocks and where did that old prefix go when pods ran full".split()
-)
+_WORDS = ["who", "keeps", "this", "cache", "of", "blocks", "and", "where", "did", "that",
+          "old", "prefix", "go", "when", "pods", "ran", "full"]  # fmt: skip
 _ERROR_KEYS = {"message", "type", "param", "code"}
 
 

@@ -59,7 +59,7 @@ async def run(rate: float | None, scorers: int, seconds: float) -> None:
         process = None
         if rate is not None:
             arguments = [endpoint, str(rate), str(seconds + 1.0)]
-            process = subprocess.Popen(  # noqa: ASYNC220, S603  # our own code, and it runs along
+            process = subprocess.Popen(  # noqa: ASYNC220  # our own code, and it runs along
                 [sys.executable, "-m", "tests.bench.flooder", *arguments]
             )
             await until(lambda: subscriber.statuses()[0].counters["applied"])

@@ -65,7 +65,7 @@ def main(python: str, rounds: int = 15, n: int = 200) -> None:
     """Print a table of both renders and their ratio."""
     texts = {name: full_template(file) for name, file in TEMPLATES.items()}
     templates = {name: ChatTemplate(text) for name, text in texts.items()}
-    with subprocess.Popen(  # noqa: S603 - the interpreter is the caller's choice
+    with subprocess.Popen(
         [python, "-c", _PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as peer:
         assert peer.stdin

@@ -53,7 +53,9 @@ def ours_alone(path: Path) -> dict[str, float]:
 
 def _run(call: list[str]) -> str:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout  # noqa: S603  # our own scripts
+    return subprocess.run(
+        call, check=True, stdout=subprocess.PIPE, text=True, env=env
+    ).stdout  # our own scripts
 
 
 def alone(path: Path) -> dict[str, float]:

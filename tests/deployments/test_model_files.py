@@ -158,7 +158,7 @@ def test_hf_hub_offline_is_obeyed_at_once(tmp_path):
         "print(model.fallback_reason)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(  # noqa: S603 - our own code
+    done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True,
         timeout=60,
     )  # fmt: skip

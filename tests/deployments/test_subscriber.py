@@ -390,7 +390,7 @@ def test_a_killed_process_goes_on_from_its_snapshot(context, tmp_path):
         names = ("pod-a", "pod-b")
         engines = {name: RecordedEngine(context, f"ipc://{tmp_path}/{name}") for name in names}
         caches = {name: MadeCache(13 + number) for number, name in enumerate(names)}
-        child = subprocess.Popen(  # noqa: ASYNC220, S603  # our own code, and it runs along
+        child = subprocess.Popen(  # noqa: ASYNC220  # our own code, and it runs along
             [sys.executable, "-c", CHILD, str(tmp_path)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
