@@ -37,6 +37,10 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
     if len(hashes) and isinstance(hashes[0], bytes):
         return _encode_bytes(hashes)
     try:
+        as_given = np.array(hashes)
+        if as_given.ndim == 1 and as_given.dtype in (np.uint64, np.int64):
+            return as_given.view(np.uint64), NO_WIDE
+        # Of either sign beyond 63 bits, numpy makes floats or objects.
         return np.array([_as_unsigned(h) for h in hashes], dtype=np.uint64), NO_WIDE
     except (TypeError, ValueError, OverflowError) as exc:
         raise InvalidInputError("an engine hash is a 64-bit int, or at most 32 bytes") from exc

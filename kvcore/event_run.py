@@ -46,7 +46,7 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
         stop = max(stop, event + 1)
         event = events.apply(
             index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows,
-            run.parents, run.tokens, block_size, event,
+            run.parents, run.tokens, block_size, event, index.memory.zeros,
         )  # fmt: skip
         last = int(ends[event - 1]) if event else 0
         if event < stop:
@@ -62,17 +62,14 @@ def _finish_one(
     index: BlockIndex, run: EventRun, event: int, block_size: int, bits: NDArray[np.int64]
 ) -> None:
     """Do the rest of an event that the kernel left."""
-    header = index.memory.header
-    names, done = run.hashes[_span(run, event)], header.item(m.DONE)
-    keys = index.memory.use_keys(names.size)[: names.size]
+    names, done = run.hashes[_span(run, event)], index.memory.header.item(m.DONE)
     if done < 0:
         _apply_one(index, run, event, block_size)
     elif run.is_store[event]:
-        index.store_rest(int(bits[event]), names, NO_WIDE, keys, done)
+        index.store_rest(int(bits[event]), names, NO_WIDE, done)
     else:
-        while done < names.size:
-            index.make_room()
-            done = events.remove(index.memory.address, int(bits[event]), names, NO_WIDE, done)
+        unknown = index.run(int(bits[event]), names, NO_WIDE, is_removal=True, done=done)
+        index.memory.header[m.UNKNOWN] = unknown
 
 
 def _apply_one(index: BlockIndex, run: EventRun, event: int, block_size: int) -> int:

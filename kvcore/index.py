@@ -4,7 +4,7 @@ DESIGN
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import NamedTuple, cast
 
@@ -25,6 +25,7 @@ from kvcore.event_run import EventRun
 from kvcore.eviction import Budget
 from kvcore.hashing import (
     DEFAULT_SEED,
+    NO_EXTRAS,
     BlockKeys,
     Tokens,
     check_keys,
@@ -40,6 +41,7 @@ from kvcore.kernels import memory as m
 from kvcore.waiting import WaitingArea, WaitingRun
 
 MIN_CAPACITY_BYTES = 1 << 16
+_NO_TOKENS: Tokens = np.empty(0, dtype=np.uint32)
 
 
 class StoreResult(NamedTuple):
@@ -138,17 +140,12 @@ class BlockIndex:
             kind, before = events.ROOT, check_word(root, "root")
         if n_blocks > self.memory.n_keys:
             self.memory.use_keys(n_blocks)
+        more, address = None, self.memory.zeros
         if wide.size or wide_before.size or extras:
-            self.memory.use_wide_names()
-            pairs = encode_extras(extras, n_blocks, self.seed)
-            done = events.store_any(
-                self._address, bit, tokens, block_size, pairs, names, wide, kind,
-                before - (before >> 63 << 64), wide_before,
-            )  # fmt: skip
-        else:
-            done = events.store(
-                self._address, bit, tokens, block_size, names, kind, before - (before >> 63 << 64)
-            )
+            more = self._more(encode_extras(extras, n_blocks, self.seed), wide_before, wide)
+            address = more[0].ctypes.data
+        signed = before - (before >> 63 << 64)
+        done = events.store(self._address, bit, tokens, block_size, names, kind, signed, address)
         if done < 0:
             scope, known = self.members.names[holder].scope, cast(EngineHash, parent)
             kept = (tokens.copy(), block_size, dict(extras or {}))
@@ -156,8 +153,9 @@ class BlockIndex:
             self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
             return StoreResult(0, names.size, 0, 0)
         if done < names.size:
-            keys = self.memory.use_keys(n_blocks)[n_blocks - names.size : n_blocks]
-            self.store_rest(bit, names, wide, keys, done)
+            keys = self.memory.use_keys(n_blocks)
+            keys[: names.size] = keys[n_blocks - names.size : n_blocks].copy()
+            self.store_rest(bit, names, wide, done)
         joined = 0
         if self.waiting.runs:
             joined = self._join(self.members.names[holder].scope, decode(names, wide))
@@ -171,7 +169,7 @@ class BlockIndex:
         """
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
-        unknown = self.run(events.store_known, bit, names, wide)
+        unknown = self.run(bit, names, wide, is_removal=False)
         self.settle(names.size)
         return unknown
 
@@ -183,12 +181,12 @@ class BlockIndex:
         bit = self.members.bit(holder)
         names, wide = encode(hashes)
         if not self.waiting.runs:
-            unknown = self.run(events.remove, bit, names, wide)
+            unknown = self.run(bit, names, wide, is_removal=True)
         else:
             unknown = 0
             for i, name in enumerate(decode(names, wide)):
                 one = names[i : i + 1], wide[m.WIDE_WORDS * i : m.WIDE_WORDS * (i + 1)]
-                if self.run(events.remove, bit, *one):
+                if self.run(bit, *one, is_removal=True):
                     unknown += not self.waiting.cancel(holder, name)
         self.settle(0)
         return unknown
@@ -201,23 +199,42 @@ class BlockIndex:
         """
         return event_run.apply(self, run, block_size)
 
-    def run(self, kernel: Callable, bit: int, names: BlockKeys, wide: NDArray[np.uint64]) -> int:
-        """Run a kernel over names until its end, growing tables; return the unknown names."""
-        done = 0
-        while (done := kernel(self._address, bit, names, wide, done)) < names.size:
+    def run(
+        self,
+        bit: int,
+        names: BlockKeys,
+        wide: NDArray[np.uint64],
+        *,
+        is_removal: bool,
+        done: int = 0,
+    ) -> int:
+        """Remove or add copies of known blocks, as there is room; return the unknown names."""
+        address = self._address
+        while (done := events.change(address, bit, names, wide, done, is_removal)) < names.size:
             self.make_room()
         unknown = self._header.item(m.UNKNOWN)
         if unknown:
             self._header[m.UNKNOWN] = 0
         return unknown
 
-    def store_rest(
-        self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], keys: BlockKeys, done: int
-    ) -> None:
-        """Store what a full table left of a run, once there is room."""
+    def store_rest(self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], done: int) -> None:
+        """Store what is left of a run, whose keys are in memory, as there is room."""
+        more = self._more(NO_EXTRAS, NO_WIDE, wide)
         while done < names.size:
             self.make_room()
-            done = events.store_rest(self._address, bit, keys, names, wide, done)
+            done = events.store(
+                self._address, bit, _NO_TOKENS, 1, names, events.RESUME, done, more[0].ctypes.data
+            )
+
+    def _more(
+        self, extras: NDArray[np.uint64], parent: NDArray[np.uint64], names: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], object]:
+        """Return what `events.store` takes as ``more``, and what must outlive the call."""
+        if parent.size or names.size:
+            self.memory.use_wide_names()
+        at = [array.ctypes.data if array.size else 0 for array in (extras, parent, names)]
+        words = [at[0], extras.size // 2, at[1], at[2]]
+        return np.array(words, dtype=np.int64), (extras, parent, names)
 
     def make_room(self) -> None:
         """Let every table have room for a block; where the budget ends, evict."""
@@ -249,7 +266,8 @@ class BlockIndex:
             called, wide = encode(cast(EngineHashes, left))
             self._header[m.LAST_ROW] = row
             chosen = keys[[name is not None for name in run.names]]
-            self.store_rest(self.members.bit(run.holder), called, wide, chosen, 0)
+            self.memory.use_keys(len(left))[: len(left)] = chosen
+            self.store_rest(self.members.bit(run.holder), called, wide, 0)
             joined += len(left)
             for name in left:
                 for child in area.children(run.scope, name):

@@ -41,6 +41,8 @@ class Memory:
         self.keep(m.MEMBERS, np.zeros((64, m.MEMBER_WORDS), dtype=np.int64))
         for word in (m.MASK, m.DEAD, m.VICTIM):
             self.keep(word, np.zeros(1, dtype=np.uint64))
+        self._zeros = np.zeros(4, dtype=np.int64)
+        self.zeros: int = self._zeros.ctypes.data  # the address of "nothing more" for a store
         self.n_keys = 0
         self.use_keys(64)
         self.growing = False  # an old index may be in use
