@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from kvcore.index import BlockIndex
 
 
+class StoreResult(NamedTuple):
+    """What became of the blocks of one store."""
+
+    stored: int  # blocks held now, copies included
+    waiting: int  # blocks that wait for their parent
+    joined: int  # blocks that had waited and were placed because of this store
+    replaced: int  # engine hashes that named another block before; the old copies are gone
+
+
+NOTHING = StoreResult(0, 0, 0, 0)
+
+
 class EventRun(NamedTuple):
     """Many events as flat arrays; event i is about ``hashes[ends[i - 1]:ends[i]]``."""
 
@@ -93,7 +105,8 @@ def _checked_bits(index: BlockIndex, run: EventRun, block_size: int) -> NDArray[
     check_block_size(block_size)
     check_tokens(run.tokens)
     for array, dtype in zip(run, _DTYPES, strict=True):
-        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+        usable = array.ndim == 1 and array.flags.c_contiguous and array.flags.aligned
+        if array.dtype != dtype or not usable:
             raise ArrayError(f"expected a 1-D C-contiguous array of {np.dtype(dtype)}")
     n = run.holders.size
     if not n == run.is_store.size == run.ends.size == run.follows.size == run.parents.size:

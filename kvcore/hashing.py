@@ -116,22 +116,24 @@ def check_block_size(block_size: int) -> None:
 
 def check_tokens(tokens: Tokens) -> None:
     """Raise ArrayError unless ``tokens`` is a 1-D C-contiguous uint32 array."""
-    if type(tokens) is np.ndarray and tokens.dtype is _UINT32 and tokens.strides == (4,):
+    is_array = type(tokens) is np.ndarray and tokens.dtype is _UINT32
+    if is_array and tokens.strides == (4,) and tokens.flags.aligned:
         return  # nearly always; the plain questions take 1 µs
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint32 or tokens.ndim != 1:
         raise ArrayError("tokens must be a 1-D uint32 array")
-    if not tokens.flags.c_contiguous:
-        raise ArrayError("tokens must be C-contiguous")
+    if not tokens.flags.c_contiguous or not tokens.flags.aligned:
+        raise ArrayError("tokens must be C-contiguous and aligned")
 
 
 def check_keys(keys: BlockKeys) -> None:
     """Raise ArrayError unless ``keys`` is a 1-D C-contiguous uint64 array."""
-    if type(keys) is np.ndarray and keys.dtype is _UINT64 and keys.strides == (8,):
+    is_array = type(keys) is np.ndarray and keys.dtype is _UINT64
+    if is_array and keys.strides == (8,) and keys.flags.aligned:
         return
     if not isinstance(keys, np.ndarray) or keys.dtype != np.uint64 or keys.ndim != 1:
         raise ArrayError("block keys must be a 1-D uint64 array")
-    if not keys.flags.c_contiguous:
-        raise ArrayError("block keys must be C-contiguous")
+    if not keys.flags.c_contiguous or not keys.flags.aligned:
+        raise ArrayError("block keys must be C-contiguous and aligned")
 
 
 def check_word(word: int, what: str) -> int:

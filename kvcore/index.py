@@ -1,27 +1,36 @@
 """Which pod holds which KV block: exact for every block, whatever the order of the events.
 
-DESIGN
+A block is a row: its key and the id of its set of holders. Sets are interned, since neighbours
+mostly share one. Rows of one store lie side by side, so a lookup reads a chain in order: it
+compares the next row's key and set id, asks the hash table only where that fails, and looks into
+a set only where the id changes. What counts is each block's own truth: no state that a hole could
+spoil, and an answer ends with the last pod that holds on.
+
+What that beat (``tests/bench/index.py``, 64 pods, an EPYC virtual machine with 2 CPUs):
+
+- the hash table for every block: 31 µs for 4,096 blocks, this 4.4 µs, of which 1.5 are the call.
+  Galloping could save the rest at most, at the price of exact reachability under holes;
+- arrays passed and counted at every compiled call: 203 ns for a block stored, header and pointers
+  165; then growth that leaves the old index alone, and slots fetched ahead: 60;
+- clearing a pod by a pass over all rows: 4.6 ms, at 256 pods 50; giving it new bits, and doing
+  that pass in steps with later operations: 0.3 ms for 17,000 blocks.
+
+Names that are the keys themselves cost nothing (19 bytes a membership, all in). Other names are a
+row each, shared by the pods that agree on them (27 bytes), or not (41).
 """
 
 import heapq
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcore import event_run, index_check, index_snapshot
-from kvcore.engine_hashes import (
-    NO_WIDE,
-    EngineHash,
-    EngineHashes,
-    decode,
-    encode,
-    encode_one,
-)
+from kvcore.engine_hashes import NO_WIDE, EngineHash, EngineHashes, decode, encode, encode_one
 from kvcore.errors import InvalidInputError
-from kvcore.event_run import EventRun
+from kvcore.event_run import NOTHING, EventRun, StoreResult
 from kvcore.eviction import Budget
 from kvcore.hashing import (
     DEFAULT_SEED,
@@ -42,18 +51,6 @@ from kvcore.waiting import WaitingArea, WaitingRun
 
 MIN_CAPACITY_BYTES = 1 << 16
 _NO_TOKENS: Tokens = np.empty(0, dtype=np.uint32)
-
-
-class StoreResult(NamedTuple):
-    """What became of the blocks of one store."""
-
-    stored: int  # blocks held now, copies included
-    waiting: int  # blocks that wait for their parent
-    joined: int  # blocks that had waited and were placed because of this store
-    replaced: int  # engine hashes that named another block before; the old copies are gone
-
-
-_NOTHING = StoreResult(0, 0, 0, 0)
 
 
 class BlockIndex:
@@ -132,7 +129,7 @@ class BlockIndex:
         names, wide = encode(hashes)
         n_blocks = count_blocks(tokens, block_size, names.size)
         if not names.size:
-            return _NOTHING
+            return NOTHING
         kind, before, wide_before = events.NO_PARENT, 0, NO_WIDE
         if parent is not None:
             kind, (before, wide_before) = events.PARENT, encode_one(parent)
@@ -142,7 +139,7 @@ class BlockIndex:
             self.memory.use_keys(n_blocks)
         more, address = None, self.memory.zeros
         if wide.size or wide_before.size or extras:
-            more = self._more(encode_extras(extras, n_blocks, self.seed), wide_before, wide)
+            more = self.memory.more(encode_extras(extras, n_blocks, self.seed), wide_before, wide)
             address = more[0].ctypes.data
         signed = before - (before >> 63 << 64)
         done = events.store(self._address, bit, tokens, block_size, names, kind, signed, address)
@@ -219,22 +216,12 @@ class BlockIndex:
 
     def store_rest(self, bit: int, names: BlockKeys, wide: NDArray[np.uint64], done: int) -> None:
         """Store what is left of a run, whose keys are in memory, as there is room."""
-        more = self._more(NO_EXTRAS, NO_WIDE, wide)
+        more = self.memory.more(NO_EXTRAS, NO_WIDE, wide)
         while done < names.size:
             self.make_room()
             done = events.store(
                 self._address, bit, _NO_TOKENS, 1, names, events.RESUME, done, more[0].ctypes.data
             )
-
-    def _more(
-        self, extras: NDArray[np.uint64], parent: NDArray[np.uint64], names: NDArray[np.uint64]
-    ) -> tuple[NDArray[np.int64], object]:
-        """Return what `events.store` takes as ``more``, and what must outlive the call."""
-        if parent.size or names.size:
-            self.memory.use_wide_names()
-        at = [array.ctypes.data if array.size else 0 for array in (extras, parent, names)]
-        words = [at[0], extras.size // 2, at[1], at[2]]
-        return np.array(words, dtype=np.int64), (extras, parent, names)
 
     def make_room(self) -> None:
         """Let every table have room for a block; where the budget ends, evict."""
@@ -312,7 +299,7 @@ class BlockIndex:
         dropped = self.clear_pod(pod)
         for scope in self._scopes_of(pod, None):
             self.members.forget(scope)
-            self.windows.pop(scope, None)
+        self.windows = {scope: n for scope, n in self.windows.items() if scope[0] != pod}
         return dropped
 
     def _scopes_of(self, pod: str, rank: int | None) -> list[Scope]:

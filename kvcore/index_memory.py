@@ -122,6 +122,16 @@ class Memory:
         if m.WIDE not in self.arrays:
             self.keep(m.WIDE, np.zeros(self.limit_rows * m.WIDE_WORDS, dtype=np.uint64))
 
+    def more(
+        self, extras: NDArray[np.uint64], parent: NDArray[np.uint64], names: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], object]:
+        """Return what `kernels.events.store` takes as ``more``, and what must outlive the call."""
+        if parent.size or names.size:
+            self.use_wide_names()
+        at = [array.ctypes.data if array.size else 0 for array in (extras, parent, names)]
+        words = [at[0], extras.size // 2, at[1], at[2]]
+        return np.array(words, dtype=np.int64), (extras, parent, names)
+
     @property
     def set_words(self) -> int:
         """Words of 64 members in a set."""

@@ -15,6 +15,7 @@ from kvcore.kernels.memory import (
     STRIDE,
     entry,
     header_at,
+    inner,
     trailing_zeros,
     u32,
     u64,
@@ -27,6 +28,16 @@ _I = types.int64
 _ONE = np.uint64(1)
 _AHEAD = 8  # blocks
 OUT = types.Array(types.int32, 2, "C")
+
+
+@inner(_I(types.uint64, _I, _I, OUT, _I))
+def _write(scopes, word, blocks, out, found):
+    while scopes:
+        out[0, found] = 64 * word + trailing_zeros(scopes)
+        out[1, found] = blocks
+        found += 1
+        scopes &= scopes - _ONE
+    return found
 
 
 @entry(_I(ADDRESS, KEYS, OUT))
@@ -79,19 +90,10 @@ def match(address, keys, out):
                 gone = active[word] & ~sets[at + word]
                 active[word] ^= gone
                 left |= active[word]
-                while gone:
-                    out[0, found] = 64 * word + trailing_zeros(gone)
-                    out[1, found] = i
-                    found += 1
-                    gone &= gone - _ONE
+                found = _write(gone, word, i, out, found)
         i += 1
     for word in range(words):
-        rest = active[word]
-        while rest:
-            out[0, found] = 64 * word + trailing_zeros(rest)
-            out[1, found] = i
-            found += 1
-            rest &= rest - _ONE
+        found = _write(active[word], word, i, out, found)
     return found
 
 
