@@ -26,7 +26,7 @@ class StoreResult(NamedTuple):
     replaced: int  # engine hashes that named another block before; the old copies are gone
 
 
-NOTHING = StoreResult(0, 0, 0, 0)
+NOTHING, ONE_STORED = StoreResult(0, 0, 0, 0), StoreResult(1, 0, 0, 0)
 
 
 class EventRun(NamedTuple):

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from kvcore import event_run, index_check, index_snapshot
 from kvcore.engine_hashes import NO_WIDE, EngineHash, EngineHashes, decode, encode, encode_one
 from kvcore.errors import InvalidInputError
-from kvcore.event_run import NOTHING, EventRun, StoreResult
+from kvcore.event_run import NOTHING, ONE_STORED, EventRun, StoreResult
 from kvcore.eviction import Budget
 from kvcore.hashing import (
     DEFAULT_SEED,
@@ -135,11 +135,12 @@ class BlockIndex:
             kind, (before, wide_before) = events.PARENT, encode_one(parent)
         elif root is not None:
             kind, before = events.ROOT, check_word(root, "root")
-        if n_blocks > self.memory.n_keys:
-            self.memory.use_keys(n_blocks)
-        more, address = None, self.memory.zeros
-        if wide.size or wide_before.size or extras:
-            more = self.memory.more(encode_extras(extras, n_blocks, self.seed), wide_before, wide)
+        memory = self.memory
+        if n_blocks > memory.n_keys:
+            memory.use_keys(n_blocks)
+        address = memory.zeros
+        if extras or wide is not NO_WIDE or wide_before is not NO_WIDE:
+            more = memory.more(encode_extras(extras, n_blocks, self.seed), wide_before, wide)
             address = more[0].ctypes.data
         signed = before - (before >> 63 << 64)
         done = events.store(self._address, bit, tokens, block_size, names, kind, signed, address)
@@ -150,13 +151,16 @@ class BlockIndex:
             self.waiting.add(WaitingRun(holder, scope, [*decode(names, wide)], known, *kept))
             return StoreResult(0, names.size, 0, 0)
         if done < names.size:
-            keys = self.memory.use_keys(n_blocks)
+            keys = memory.use_keys(n_blocks)
             keys[: names.size] = keys[n_blocks - names.size : n_blocks].copy()
             self.store_rest(bit, names, wide, done)
         joined = 0
         if self.waiting.runs:
             joined = self._join(self.members.names[holder].scope, decode(names, wide))
-        return StoreResult(names.size, 0, joined, self.settle(names.size))
+        replaced = self.settle(names.size)
+        if names.size == 1 and not joined and not replaced:
+            return ONE_STORED  # nine of ten events
+        return StoreResult(names.size, 0, joined, replaced)
 
     def store_known(self, holder: int, hashes: EngineHashes) -> int:
         """Add one copy of blocks named without tokens; return how many names are unknown.
