@@ -166,6 +166,18 @@ def test_copies_are_counted(index):
     assert hits(index, tokens) == {}
 
 
+def test_a_block_with_two_names_goes_with_the_second(index):
+    """An engine may cache one content twice, under two names; each removal takes its own."""
+    a, tokens = index.holder("a"), prompt(1)
+    store(index, a, [1], tokens)
+    store(index, a, [2], tokens)
+    assert index.remove(a, [1, 1]) == 1
+    index.check()
+    assert hits(index, tokens) == {"a": 1}
+    index.remove(a, [2])
+    assert hits(index, tokens) == {}
+
+
 def test_adapters_salts_and_images_keep_prompts_apart(index):
     """D14: what changes the engine's cache key changes ours."""
     tokens, a = prompt(2), index.holder("a")
