@@ -203,13 +203,7 @@ class BlockIndex:
         return event_run.apply(self, run, block_size)
 
     def run(
-        self,
-        bit: int,
-        names: BlockKeys,
-        wide: NDArray[np.uint64],
-        *,
-        is_removal: bool,
-        done: int = 0,
+        self, bit: int, names: BlockKeys, wide: BlockKeys, *, is_removal: bool, done: int = 0
     ) -> int:
         """Remove or add copies of known blocks, as there is room; return the unknown names."""
         address = self._address
@@ -245,9 +239,7 @@ class BlockIndex:
             run = area.runs.get(number)
             if run is None:
                 continue
-            word, wide = encode_one(run.parent)
-            scope_bit = self.members.scopes[run.scope]
-            row = events.resolve(self._address, scope_bit, np.uint64(word), wide)
+            row = self._row_of(run.holder, run.parent)
             if not row:
                 continue
             area.take(number)
@@ -266,6 +258,16 @@ class BlockIndex:
                 for child in area.children(run.scope, name):
                     heapq.heappush(ready, child)
         return joined
+
+    def key_of(self, holder: int, name: EngineHash) -> int | None:
+        """Return the key of the block that the holder's pod, rank and group call ``name``."""
+        row = self._row_of(holder, name)
+        return int(self.memory.rows(m.BLOCKS)[row, 0]) if row else None
+
+    def _row_of(self, holder: int, name: EngineHash) -> int:
+        word, wide = encode_one(name)
+        scope_bit = self.members.scopes[self.members.names[holder].scope]
+        return events.resolve(self._address, scope_bit, np.uint64(word), wide)
 
     def settle(self, n_blocks: int) -> int:
         """Do a step of what is due after an operation; return the hashes it gave a new meaning."""

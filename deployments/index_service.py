@@ -1,0 +1,169 @@
+"""Index, subscriber and publisher as one: events come in, scores go out, both are told on.
+
+Importing this module compiles the kernels, which takes seconds: only the indexer's replica
+does, and it does so while it starts.
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from deployments.publisher import Publisher
+from deployments.schemas import Mode, RankScore, ScoreAnswer, ScoreQuery
+from deployments.settings import PodEndpoint, Settings
+from deployments.subscriber import Subscriber
+from kvcore.errors import InvalidInputError
+from kvcore.hashing import hash_blocks, namespace_root
+from kvcore.index import BlockIndex
+from kvcore.scorer import score
+from kvcore.stream_state import PodState
+
+_REASONS_TOLD = 3  # in one answer; /pods tells all
+
+
+class IndexService:
+    """Own one index and what feeds and reports it.
+
+    Only the event loop that starts it touches the state, so nothing is locked.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._index = BlockIndex(
+            capacity_bytes=settings.index.capacity_bytes,
+            max_waiting_blocks=settings.index.max_waiting_blocks,
+        )
+        self._root = lru_cache(maxsize=4096)(self._namespace)
+        self._subscriber = Subscriber(
+            settings.subscriber, self._index, model_root=self._root, clock=clock
+        )
+        self._publisher = Publisher(settings.publisher)
+        # A new process starts elsewhere than its predecessor, so that ingresses ask anew.
+        self.pods_version = time.time_ns()
+
+    async def start(self) -> str | None:
+        """Open the sockets and return where scores are published."""
+        await self._publisher.start()
+        await self._subscriber.start()
+        return self._publisher.bound_endpoint
+
+    async def close(self) -> dict[str, int]:
+        """Flush and close the publisher, then the subscriber; return what was published."""
+        await self._publisher.close()
+        await self._subscriber.close()
+        return vars(self._publisher.counters)
+
+    def endpoints(self) -> list[PodEndpoint]:
+        """Return the pods that are followed by configuration or by request."""
+        return self._subscriber.pods()
+
+    def pods(self) -> list[dict[str, Any]]:
+        """Return what is known of each rank of each pod, as JSON would say it."""
+        return [
+            {**status._asdict(), "state": status.state.value}
+            for status in self._subscriber.statuses()
+        ]
+
+    def add_pod(self, pod: PodEndpoint) -> None:
+        """Follow a pod from now on.
+
+        Raises:
+            InvalidInputError: Its endpoint is malformed, or there are too many pods.
+        """
+        try:
+            self._subscriber.add_pod(pod)
+        except OSError as error:  # zmq's errors are OSErrors
+            raise InvalidInputError(f"pod {pod.name}: {error}") from error
+        self.pods_version += 1
+
+    def remove_pod(self, name: str) -> int:
+        """Forget a pod and return how many blocks it held.
+
+        Raises:
+            InvalidInputError: There is no such pod.
+        """
+        if name not in {status.pod for status in self._subscriber.statuses()}:
+            raise InvalidInputError(f"there is no pod {name}")
+        self.pods_version += 1
+        return self._subscriber.remove_pod(name)
+
+    def answer(self, query: ScoreQuery) -> ScoreAnswer:
+        """Score one prompt and publish the result."""
+        size, weights = self._settings.block_size, self._settings.index.tier_weights
+        tokens = np.frombuffer(query.tokens, dtype=np.uint32)
+        root = self._root(query.model, query.lora, query.salt)
+        keys = hash_blocks(tokens, block_size=size, root=root)
+        scores = score(self._index, keys, tier_weights=weights, pods=query.pods)
+        # The engine always computes the last token, so a last block that ends the prompt
+        # is held and yet not reused.
+        n_reusable = max(0, (tokens.size - 1) // size)
+        reused = scores
+        if n_reusable < keys.size:
+            reused = score(
+                self._index, keys[:n_reusable], tier_weights=weights, pods=query.pods
+            )
+        cached: dict[str, int] = {}
+        for rank in reused:
+            cached[rank.pod] = max(cached.get(rank.pod, 0), rank.blocks * size)
+        mode, reason = self._trust(query.pods)
+        if not keys.size:
+            reason = f"the prompt's {tokens.size} tokens are less than one block of {size}"
+        answer = ScoreAnswer(
+            scores=[RankScore(*rank) for rank in scores],
+            cached_tokens=cached,
+            mode=mode,
+            reason=reason,
+            n_tokens=tokens.size,
+            n_blocks=keys.size,
+            block_size=size,
+            pods_version=self.pods_version,
+        )
+        self._publish(query, answer)
+        return answer
+
+    def _namespace(self, model: str, lora: str | None, salt: str | None) -> int:
+        size = self._settings.block_size
+        return namespace_root(model, block_size=size, lora=lora, salt=salt)
+
+    def _trust(self, pods: tuple[str, ...] | None) -> tuple[Mode, str | None]:
+        """Say how far the pods' blocks are known, and which pods are the doubtful ones."""
+        doubts = [
+            f"{pod}: {why}" if rank == 0 else f"{pod} rank {rank}: {why}"
+            for (pod, rank), (state, why) in self._subscriber.states().items()
+            if state is not PodState.EXACT and (pods is None or pod in pods)
+        ]
+        if not doubts:
+            return "EXACT", None
+        more = len(doubts) - _REASONS_TOLD
+        told = doubts[:_REASONS_TOLD] + ([f"and {more} more pods"] if more > 0 else [])
+        return "PARTIAL", "; ".join(told)
+
+    def _publish(self, query: ScoreQuery, answer: ScoreAnswer) -> None:
+        if not self._publisher.is_on:
+            return
+        scores = answer.pod_scores()
+        size = {"n_tokens": answer.n_tokens, "block_size": answer.block_size}
+        if query.chat is not None:
+            chat = query.chat
+            self._publisher.publish_chat(
+                id=chat["id"],
+                model=query.model,
+                messages=chat["messages"],
+                rendered_template=chat["rendered_template"],
+                kv_scores=scores,
+                template_vars=chat["template_vars"],
+                processing_time_ms=max(0.0, (time.time() - chat["received_at"]) * 1e3),
+                request_id=query.request_id,
+                **size,
+            )
+        elif query.prompt is not None:
+            self._publisher.publish_scores(
+                model=query.model,
+                prompt=query.prompt,
+                pod_scores=scores,
+                request_id=query.request_id,
+                **size,
+            )

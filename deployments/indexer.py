@@ -1,0 +1,98 @@
+"""The deployment that owns the index; everything else asks it by handle."""
+
+import asyncio
+import contextvars
+import importlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deployments.schemas import ScoreAnswer, ScoreQuery
+from deployments.settings import PodEndpoint, Settings
+from kvcore.errors import KvError
+
+if TYPE_CHECKING:
+    from deployments.index_service import IndexService
+
+_log = logging.getLogger("ray.serve")
+
+
+class IndexStatus(NamedTuple):
+    """A look at the index from outside."""
+
+    pods: list[dict[str, Any]]  # one per rank; see `PodStatus`
+    endpoints: list[PodEndpoint]
+    pods_version: int
+    n_blocks: int
+
+
+class Indexer:
+    """One replica around one `IndexService`; whoever asks early waits until it has started.
+
+    A restart refills the index from the engines' replay sockets.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # Serve constructs replicas on a running loop and has no other hook to start from.
+        context = contextvars.Context()
+        self._starting = context.run(asyncio.get_running_loop().create_task, self._start())
+
+    async def _start(self) -> "IndexService":
+        started = time.perf_counter()
+        # Here and not at the top, because importing it compiles the kernels: the process that
+        # describes the graph imports this file too, and would compile for nothing.
+        module = await asyncio.to_thread(importlib.import_module, "deployments.index_service")
+        _log.info("indexer: kernels compiled in %.1f s", time.perf_counter() - started)
+        service: IndexService = module.IndexService(self._settings)
+        published_at = await service.start()
+        _log.info(
+            "indexer is up: %d pods, blocks of %d tokens, scores published at %s",
+            len(service.endpoints()), self._settings.block_size, published_at,
+        )  # fmt: skip
+        return service
+
+    async def _service(self) -> "IndexService":
+        return await asyncio.shield(self._starting)
+
+    async def check_health(self) -> None:
+        """Fail the replica loudly where a socket could not be opened; staleness is no failure."""
+        if self._starting.done():
+            self._starting.result()
+
+    async def score(self, queries: list[ScoreQuery]) -> list[ScoreAnswer | Exception]:
+        """Answer a batch in order; a query's own error stands in its place."""
+        service = await self._service()
+        answers: list[ScoreAnswer | Exception] = []
+        for query in queries:
+            try:
+                answers.append(service.answer(query))
+            except KvError as error:
+                answers.append(error)
+        return answers
+
+    async def status(self) -> IndexStatus:
+        """Return what is known of every pod."""
+        service = await self._service()
+        pods = service.pods()
+        n_blocks = sum(pod["blocks"] for pod in pods)
+        return IndexStatus(pods, service.endpoints(), service.pods_version, n_blocks)
+
+    async def add_pod(self, pod: PodEndpoint) -> None:
+        """Follow a pod from now on; see `IndexService.add_pod`."""
+        (await self._service()).add_pod(pod)
+
+    async def remove_pod(self, name: str) -> int:
+        """Forget a pod and return how many blocks it held; see `IndexService.remove_pod`."""
+        return (await self._service()).remove_pod(name)
+
+    async def close(self) -> None:
+        """Flush what was published and close the sockets."""
+        if self._starting.done() and not self._starting.cancelled() and not self._starting.exception():
+            published = await self._starting.result().close()
+            _log.info("indexer: published events flushed, sockets closed: %s", published)
+        self._starting.cancel()
+
+    async def __del__(self) -> None:
+        """Serve's only hook at a replica's end; it awaits it."""
+        await self.close()

@@ -1,0 +1,380 @@
+"""The HTTP face: reads requests, asks renderer, tokenizer and indexer, routes to a pod."""
+
+import asyncio
+import contextvars
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from deployments import http_errors, own_answer
+from deployments.coalescer import Coalescer
+from deployments.engines import Engines, Reply
+from deployments.json_http import JsonResponse, read_object
+from deployments.metrics import IngressMetrics
+from deployments.models import ModelStore
+from deployments.placement import call
+from deployments.renderer import Renderer
+from deployments.request_log import RequestLog, request_id_of
+from deployments.schemas import (
+    CompletionRequest,
+    Mode,
+    ScoreAnswer,
+    ScoreQuery,
+    ScoreRequest,
+    parse,
+)
+from deployments.settings import PodEndpoint, Settings
+from deployments.tokenizer import Tokenizer
+from kvcore.errors import InvalidFieldError, KvError
+from kvcore.tokens import Tokens, as_tokens
+
+_CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
+_MAX_SCORES_IN_HEADER = 16
+
+_log = logging.getLogger("ray.serve")
+
+
+class Ingress:
+    """One replica of the front: state is a few counters and pooled connections.
+
+    Renderer and tokenizer live in this process or behind a handle, as configured; the
+    code that calls them is the same. The indexer is always a deployment of its own.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        indexer: Any,
+        renderer: Any | None = None,
+        tokenizer: Any | None = None,
+        fleet: Any | None = None,
+    ) -> None:
+        self._settings = settings
+        store = ModelStore(settings.model_store)  # loads on first use, so unused it costs nothing
+        renderer = renderer or Renderer(settings.model_store, settings.renderer, store=store)
+        tokenizer = tokenizer or Tokenizer(settings.model_store, settings.tokenizer, store=store)
+        self._render = call(renderer, "render")
+        self._encode, self._models_known = call(tokenizer, "encode"), call(tokenizer, "models")
+        self._indexer_status = call(indexer, "status")
+        self._add_pod, self._remove_pod = call(indexer, "add_pod"), call(indexer, "remove_pod")
+        self._scorer: Coalescer[ScoreQuery, ScoreAnswer] = Coalescer(call(indexer, "score"))
+        self._engines, self._pods_version = Engines(settings.engines), -1
+        self._metrics = IngressMetrics()
+        waits = [call(tokenizer, "warm"), call(renderer, "warm"), self._indexer_status]
+        if fleet is not None:
+            waits.append(call(fleet, "ready"))
+        # Serve constructs replicas on a running loop and has no other hook to start from.
+        context = contextvars.Context()
+        self._started = context.run(asyncio.get_running_loop().create_task, _all(waits))
+
+    def __serve_build_asgi_app__(self) -> Starlette:  # noqa: PLW3201 - the name Serve looks for
+        """Return the ASGI app, built in the replica so that nothing of it is pickled."""
+        return self.app()
+
+    def app(self) -> Any:
+        """Return the routes as an ASGI app."""
+        post, get = ["POST"], ["GET"]
+        app = Starlette(
+            routes=[
+                Route("/score_completions", self._score_completions, methods=post),
+                Route("/v1/chat/completions", self._chat_completions, methods=post),
+                Route("/v1/completions", self._completions, methods=post),
+                Route("/tokenize", self._tokenize, methods=post),
+                Route("/render", self._render_chat, methods=post),
+                Route("/health", self._health, methods=get),
+                Route("/ready", self._ready, methods=get),
+                Route("/v1/models", self._models, methods=get),
+                Route("/pods", self._pods, methods=get),
+                Route("/pods", self._pods_add, methods=post),
+                Route("/pods/{name}", self._pods_remove, methods=["DELETE"]),
+            ],
+            exception_handlers={
+                KvError: http_errors.on_kv_error,
+                HTTPException: http_errors.on_http_error,
+                Exception: http_errors.on_crash,
+            },
+        )
+        return RequestLog(app, self._metrics)
+
+    async def check_health(self) -> None:
+        """Fail the replica loudly where a part that it needs could not start."""
+        if self._started.done():
+            self._started.result()
+
+    async def close(self) -> None:
+        """Drop the connections to the engines."""
+        self._started.cancel()
+        await self._engines.close()
+        _log.info("ingress: connections to engines closed")
+
+    async def __del__(self) -> None:
+        """Serve's only hook at a replica's end; it awaits it."""
+        await self.close()
+
+    # --- scoring --------------------------------------------------------------------
+
+    async def _score_completions(self, request: Request) -> Response:
+        body = parse(ScoreRequest, await self._body(request))
+        model = body.model or self._settings.model
+        tokens, fallback = await self._tokens(model, body.prompt, body.add_special_tokens)
+        answer = await self._scorer.ask(
+            ScoreQuery(
+                tokens=tokens.tobytes(),
+                model=model,
+                request_id=request_id_of(request),
+                lora=body.lora_name,
+                salt=body.cache_salt,
+                pods=None if body.pods is None else tuple(body.pods),
+                prompt=body.prompt if isinstance(body.prompt, str) else None,
+            )
+        )
+        mode, reason = _degradation(answer, fallback)
+        self._metrics.scored(mode, answer.n_tokens)
+        return JsonResponse(
+            {
+                "pod_scores": answer.pod_scores(),
+                "model": model,
+                "prompt": body.prompt,
+                "mode": mode,
+                "reason": reason,
+                "block_size": answer.block_size,
+                "n_tokens": answer.n_tokens,
+                "n_blocks": answer.n_blocks,
+                "cached_tokens": answer.cached_tokens,
+                "ranks": [score._asdict() for score in answer.scores],
+                "request_id": request_id_of(request),
+            }
+        )
+
+    async def _chat_completions(self, request: Request) -> Response:
+        started = time.time()
+        body = await self._body(request)
+        rendered = await self._render(body)
+        encoded = await self._encode(
+            rendered.model, rendered.text, add_special_tokens=rendered.add_special_tokens
+        )
+        request_id = request_id_of(request)
+        answer = await self._scorer.ask(
+            ScoreQuery(
+                tokens=encoded.tokens.tobytes(),
+                model=rendered.model,
+                request_id=request_id,
+                lora=None,
+                salt=body.get("cache_salt"),
+                chat={
+                    "id": f"chatcmpl-{request_id}",
+                    "messages": body["messages"],
+                    "rendered_template": rendered.text,
+                    "template_vars": body.get("chat_template_kwargs") or {},
+                    "received_at": started,
+                },
+            )
+        )
+        fallback = rendered.fallback_reason or encoded.fallback_reason
+        mode, reason = _degradation(answer, fallback)
+        body["model"] = rendered.model
+        return await self._route(request, body, answer, mode, reason)
+
+    async def _completions(self, request: Request) -> Response:
+        body = await self._body(request)
+        wanted = parse(CompletionRequest, body)
+        if "kv_transfer_params" in body:
+            raise InvalidFieldError("kv_transfer_params", "is not accepted from a client")
+        prompt, model = wanted.single_prompt(), wanted.model or self._settings.model
+        tokens, fallback = await self._tokens(model, prompt, wanted.add_special_tokens)
+        answer = await self._scorer.ask(
+            ScoreQuery(
+                tokens=tokens.tobytes(),
+                model=model,
+                request_id=request_id_of(request),
+                salt=wanted.cache_salt,
+                prompt=prompt if isinstance(prompt, str) else None,
+            )
+        )
+        mode, reason = _degradation(answer, fallback)
+        body["model"] = model
+        return await self._route(request, body, answer, mode, reason)
+
+    async def _tokens(
+        self, model: str, prompt: str | list[int], add_special_tokens: bool
+    ) -> tuple[Tokens, str | None]:
+        if isinstance(prompt, list):
+            return as_tokens(prompt), None
+        encoded = await self._encode(model, prompt, add_special_tokens=add_special_tokens)
+        return encoded.tokens, encoded.fallback_reason
+
+    # --- routing --------------------------------------------------------------------
+
+    async def _route(
+        self,
+        request: Request,
+        body: dict[str, Any],
+        answer: ScoreAnswer,
+        mode: Mode,
+        reason: str | None,
+    ) -> Response:
+        """Send a request to the pod with the best score and relay what it answers."""
+        self._metrics.scored(mode, answer.n_tokens)
+        if answer.pods_version != self._pods_version:
+            status = await self._indexer_status()
+            self._engines.update({pod.name: pod.url for pod in status.endpoints if pod.url})
+            self._pods_version = status.pods_version
+        scores = answer.pod_scores()
+        headers = _score_headers(scores, mode, reason)
+        is_chat = request.url.path == "/v1/chat/completions"
+        stream = bool(body.get("stream"))
+        if not self._engines:
+            text = own_answer.answer_text(answer, scores, mode, reason)
+            made = own_answer.answer_body(text, body["model"], request_id_of(request), answer, is_chat)
+            if not stream:
+                return JsonResponse(made, headers=headers)
+            events = own_answer.answer_events(made, body)
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        reply = await self._engines.forward(
+            request.url.path,
+            orjson.dumps(body),
+            self._engines.ranking(scores),
+            request_id_of(request),
+        )
+        predicted = answer.cached_tokens.get(reply.pod, 0)
+        headers["x-kvatlas-pod"] = reply.pod
+        headers["x-kvatlas-predicted-cached-tokens"] = str(predicted)
+        if reply.failed_over_from:
+            headers["x-kvatlas-failed-over-from"] = _ascii("; ".join(reply.failed_over_from))
+        if stream and reply.status == 200:
+            return StreamingResponse(
+                self._relay(reply, predicted),
+                status_code=reply.status,
+                headers=headers,
+                media_type=reply.content_type,
+            )
+        content = await reply.read()
+        self._compare(reply.pod, predicted, content)
+        return Response(content, reply.status, headers=headers, media_type=reply.content_type)
+
+    async def _relay(self, reply: Reply, predicted: int) -> AsyncIterator[bytes]:
+        tail = b""
+        async for chunk in reply.chunks():
+            tail = (tail + chunk)[-1024:]
+            yield chunk
+        self._compare(reply.pod, predicted, tail)
+
+    def _compare(self, pod: str, predicted: int, content: bytes) -> None:
+        """Record what we predicted beside what the engine reports, where it reports."""
+        found = _CACHED_TOKENS.findall(content[-1024:])
+        if found:
+            self._metrics.compared(pod, predicted, int(found[-1]))
+
+    # --- looking in -----------------------------------------------------------------
+
+    async def _tokenize(self, request: Request) -> Response:
+        """Return the ids of a prompt or chat, as vLLM's route of this name does."""
+        body = await self._body(request)
+        if "messages" in body:
+            rendered = await self._render(body)
+            model, text = rendered.model, rendered.text
+            special = rendered.add_special_tokens
+        else:
+            scored = parse(ScoreRequest, body)
+            if not isinstance(scored.prompt, str):
+                raise InvalidFieldError("prompt", "must be text")
+            model, text = scored.model or self._settings.model, scored.prompt
+            special = scored.add_special_tokens
+        encoded = await self._encode(model, text, add_special_tokens=special)
+        mode, reason = ("FALLBACK", encoded.fallback_reason) if encoded.fallback_reason else ("EXACT", None)
+        tokens = np.asarray(encoded.tokens)
+        return JsonResponse(
+            {"model": model, "count": len(tokens), "tokens": tokens, "mode": mode, "reason": reason}
+        )
+
+    async def _render_chat(self, request: Request) -> Response:
+        """Return the text that a chat becomes before it is tokenized."""
+        rendered = await self._render(await self._body(request))
+        mode = "FALLBACK" if rendered.fallback_reason else "EXACT"
+        return JsonResponse(
+            {"model": rendered.model, "prompt": rendered.text, "mode": mode, "reason": rendered.fallback_reason}
+        )
+
+    async def _health(self, _request: Request) -> Response:
+        return JsonResponse({"status": "ok"})
+
+    async def _ready(self, _request: Request) -> Response:
+        """Answer 200 once a prompt can be scored: default model, index and fleet are up."""
+        if not self._started.done():
+            return JsonResponse({"status": "starting"}, status_code=503)
+        self._started.result()
+        status = await self._indexer_status()
+        index = {"blocks": status.n_blocks, "pods": len(status.endpoints)}
+        return JsonResponse({"status": "ready", "index": index})
+
+    async def _models(self, _request: Request) -> Response:
+        known = [asdict(model) for model in await self._models_known()]
+        data = [
+            {"id": model.pop("name"), "object": "model", "created": 0, "owned_by": "kvatlas", **model}
+            for model in known
+        ]
+        return JsonResponse({"object": "list", "data": data})
+
+    async def _pods(self, _request: Request) -> Response:
+        status = await self._indexer_status()
+        urls = {pod.name: pod.url for pod in status.endpoints}
+        running = self._engines.load()
+        pods = [
+            {**pod, "url": urls.get(pod["pod"]), "requests_running": running.get(pod["pod"], 0)}
+            for pod in status.pods
+        ]
+        return JsonResponse({"pods": pods, "block_size": self._settings.block_size})
+
+    async def _pods_add(self, request: Request) -> Response:
+        """Follow a pod from now on; the body is one entry of ``events.pods``."""
+        pod = parse(PodEndpoint, await self._body(request))
+        await self._add_pod(pod)
+        return JsonResponse({"added": pod.name}, status_code=201)
+
+    async def _pods_remove(self, request: Request) -> Response:
+        """Forget a pod and drop its blocks."""
+        name = request.path_params["name"]
+        n_blocks = await self._remove_pod(name)
+        return JsonResponse({"removed": name, "blocks": n_blocks})
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        return await read_object(request, max_bytes=self._settings.http.max_body_bytes)
+
+
+async def _all(calls: list[Callable[[], Awaitable[Any]]]) -> None:
+    for ask in calls:
+        await ask()
+
+
+def _degradation(answer: ScoreAnswer, fallback: str | None) -> tuple[Mode, str | None]:
+    """Merge what the index and the model say into the worse mode and all reasons."""
+    if fallback is None:
+        return answer.mode, answer.reason
+    return "FALLBACK", fallback if answer.reason is None else f"{fallback}; {answer.reason}"
+
+
+def _score_headers(
+    scores: dict[str, int | float], mode: Mode, reason: str | None
+) -> dict[str, str]:
+    top = dict(sorted(scores.items(), key=lambda item: -item[1])[:_MAX_SCORES_IN_HEADER])
+    headers = {"x-kvatlas-mode": mode, "x-kvatlas-scores": _ascii(orjson.dumps(top).decode())}
+    if reason is not None:
+        headers["x-kvatlas-reason"] = _ascii(reason)
+    return headers
+
+
+def _ascii(text: str) -> str:
+    """Make a text safe for a header, on one line."""
+    return " ".join(text.split()).encode("ascii", "backslashreplace").decode()[:1024]

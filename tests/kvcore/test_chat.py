@@ -1,0 +1,191 @@
+"""A chat request becomes the template's input as in vLLM 0.33, or is refused by name."""
+
+# ruff: noqa: E501 - a case is one line
+
+import json
+from contextlib import suppress
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcore.chat import ChatOptions, render_request
+from kvcore.chat_fields import check_fields
+from kvcore.errors import InvalidFieldError, InvalidInputError
+from kvcore.templates import ChatTemplate
+from tests.conformance import compiled
+from tests.conformance_data import chat_samples
+
+NOW = datetime(2025, 3, 14, 15, 9, 26)  # what the recording froze the clock at
+USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CHATML = ChatTemplate(
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if tools %}{{ tools|tojson }}{% endif %}{% if flag %}!{% endif %}"
+)
+
+
+def _render(request, template=CHATML, **options):
+    check_fields(request)
+    return render_request(template, request, {}, ChatOptions(**options), NOW)[0]
+
+
+def _chat(*messages, **fields):
+    return {"messages": list(messages), **fields}
+
+
+def test_requests_render_as_in_vllm():
+    """Recorded from vLLM's own request validation, preparation and renderer."""
+    samples = chat_samples()
+    failed = []
+    for case in samples["chats"]:
+        sample = samples["templates"][case["template"]]
+        template = compiled(sample["text"])
+        options = ChatOptions(template_variables=case["defaults"] or {})
+        try:
+            check_fields(case["request"])
+            got = render_request(template, case["request"], sample["special_tokens"], options, NOW)[
+                0
+            ]
+        except InvalidInputError:
+            got = None
+        if got != case.get("expected"):
+            failed.append((case["template"], case["name"]))
+    assert not failed
+    assert len(samples["chats"]) == 324
+
+
+def test_tool_calls_are_written_in_the_order_of_openais_schema():
+    """Templates write calls out as JSON; vLLM's validation has put the known fields first."""
+    template = ChatTemplate("{% for m in messages %}{{ m.tool_calls|tojson }}{% endfor %}")
+    call = {"index": 0, "type": "function", "id": "c1",
+            "function": {"name": "f", "x": 1, "arguments": '{"b": 1, "a": 2}'}}  # fmt: skip
+    assert _render(_chat({"role": "assistant", "tool_calls": [call]}), template) == (
+        '[{"id": "c1", "function": {"arguments": {"b": 1, "a": 2}, "name": "f", "x": 1}, '
+        '"type": "function", "index": 0}]'
+    )
+
+
+@pytest.mark.parametrize("arguments", ["", "{", "[1]", "42", "null", None])
+def test_bad_arguments_in_the_history_become_an_empty_object(arguments):
+    """One bad call must not make every later turn fail."""
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.tool_calls[0].function.arguments|tojson }}{% endfor %}"
+    )
+    call = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": arguments}}
+    assert _render(_chat({"role": "assistant", "tool_calls": [call]}), template) == "{}"
+
+
+def test_engine_defaults_give_way_to_the_request():
+    """As --default-chat-template-kwargs; null in a request means: not set."""
+    flag = {"flag": True}
+    assert _render(_chat(USER), template_variables=flag) == "<user>hi!"
+    own = {"chat_template_kwargs": {"flag": False}}
+    assert _render(_chat(USER, **own), template_variables=flag) == "<user>hi"
+    unset = {"chat_template_kwargs": {"flag": None}}
+    assert _render(_chat(USER, **unset), template_variables=flag) == "<user>hi!"
+
+
+def test_tools_stay_away_where_the_engine_leaves_them_out():
+    """As --exclude-tools-when-tool-choice-none."""
+    request = _chat(USER, tools=[TOOL], tool_choice="none")
+    assert "f" in _render(request)
+    assert _render(request, exclude_tools_when_none=True) == "<user>hi"
+
+
+@pytest.mark.parametrize(
+    ("param", "request_"),
+    [
+        ("messages", {}),
+        ("messages", {"messages": []}),
+        ("messages", {"messages": "hi"}),
+        ("messages[0]", _chat("hi")),
+        ("messages[0].role", _chat({"content": "hi"})),
+        ("messages[0].name", _chat({**USER, "name": 5})),
+        ("messages[1].content", _chat(USER, {"role": "user", "content": 5})),
+        ("messages[0].content[0]", _chat({"role": "user", "content": ["hi"]})),
+        ("messages[0].content[1].type", _chat({"role": "user", "content": [
+            {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]})),
+        ("messages[0].content[0].type", _chat({"role": "user", "content": [{"type": "input_audio"}]})),
+        ("messages[0].content[0].text", _chat({"role": "user", "content": [{"type": "text", "text": 5}]})),
+        ("messages[0].audio", _chat({"role": "assistant", "audio": {"id": "a"}})),
+        ("messages[0].function_call", _chat({"role": "assistant", "function_call": {"name": "f"}})),
+        ("messages[0].reasoning", _chat({"role": "assistant", "reasoning": 5})),
+        ("messages[0].tool_calls", _chat({"role": "assistant", "tool_calls": {"a": 1}})),
+        ("messages[0].tool_calls[0]", _chat({"role": "assistant", "tool_calls": [{"type": "custom"}]})),
+        ("tools", _chat(USER, tools=[])),
+        ("tools", _chat(USER, tools={"a": 1})),
+        ("tools[1]", _chat(USER, tools=[TOOL, {"type": "custom"}])),
+        ("tools[0].function.name", _chat(USER, tools=[{"function": {}}])),
+        ("tools[0].function.parameters", _chat(USER, tools=[{"function": {"name": "f", "parameters": []}}])),
+        ("tool_choice", _chat(USER, tool_choice="auto")),
+        ("tool_choice", _chat(USER, tools=[TOOL], tool_choice="g")),
+        ("tool_choice", _chat(USER, tools=[TOOL], tool_choice={"function": {"name": "g"}})),
+        ("documents", _chat(USER, documents=["x"])),
+        ("reasoning_effort", _chat(USER, reasoning_effort="extreme")),
+        ("add_generation_prompt", _chat(USER, add_generation_prompt="yes")),
+        ("continue_final_message", _chat(USER, continue_final_message=True, add_generation_prompt=True)),
+        ("chat_template_kwargs", _chat(USER, chat_template_kwargs=[1])),
+        ("chat_template_kwargs.tokenize", _chat(USER, chat_template_kwargs={"tokenize": True})),
+        ("chat_template_kwargs.messages", _chat(USER, chat_template_kwargs={"messages": []})),
+        ("chat_template_kwargs.tools", _chat(USER, chat_template_kwargs={"tools": []})),
+        ("chat_template_kwargs.chat_template", _chat(USER, chat_template_kwargs={"chat_template": "x"})),
+        ("chat_template_kwargs.__class__", _chat(USER, chat_template_kwargs={"__class__": 1})),
+        ("truncate_prompt_tokens", _chat(USER, truncate_prompt_tokens=5)),
+        ("functions", _chat(USER, functions=[])),
+        ("promt_style", _chat(USER, promt_style="x")),
+        ("kv_transfer_params.prompt_token_ids", _chat(USER, kv_transfer_params={"prompt_token_ids": [1]})),
+        ("messages[1].content", _chat(USER, {"role": "user", "content": "a\ud800"})),
+        ("messages[0].content[0].text", _chat({"role": "user", "content": [{"type": "text", "text": "\udfff"}]})),
+        ("tools[0].function.description", _chat(USER, tools=[{"function": {"name": "f", "description": "\ud83d"}}])),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_by_name(param, request_):
+    """A request that is quietly rendered otherwise than by the engine scores wrongly."""
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools|tojson }}{{ enable_thinking }}"
+    )
+    with pytest.raises(InvalidFieldError) as caught:
+        _render(request_, template)
+    assert caught.value.param == param
+
+
+def test_sampling_fields_are_accepted():
+    """They cannot change the prompt, and a client sends them to be passed on."""
+    fields = {"temperature": 0.5, "stream": True, "n": 2, "seed": 1, "stop": ["x"], "user": "u",
+              "response_format": {"type": "json_object"}, "unheard_of": None}  # fmt: skip
+    assert _render(_chat(USER, **fields)) == "<user>hi"
+
+
+def test_preparing_leaves_the_request_alone():
+    """It is passed on to the engine afterwards."""
+    request = _chat(
+        {"role": "developer", "content": "d", "tools": [TOOL]},
+        {"role": "assistant", "reasoning_content": "r",
+         "tool_calls": [{"type": "function", "id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+        tools=[TOOL], chat_template_kwargs={"flag": True}, reasoning_effort="low",
+    )  # fmt: skip
+    before = json.dumps(request)
+    _render(request)
+    assert json.dumps(request) == before
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "type", "text", "tool_calls", "function", "name",
+                         "arguments", "reasoning", "tools"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.lists(_JSON, max_size=3), _JSON, _JSON)
+def test_any_json_renders_or_is_a_typed_error(messages, tools, kwargs):
+    """Whatever a client sends, it never looks like a failure of ours."""
+    roles = ("user", "assistant", "tool", "system", "developer")
+    chat = [
+        {"role": roles[at % 5], **m} if isinstance(m, dict) else m for at, m in enumerate(messages)
+    ]
+    with suppress(InvalidInputError):
+        _render({"messages": chat, "tools": tools, "chat_template_kwargs": kwargs})
