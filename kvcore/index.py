@@ -286,8 +286,7 @@ class BlockIndex:
     def clear_pod(self, pod: str, rank: int | None = None) -> int:
         """Drop all blocks of a pod, or of one rank of it; return how many it held.
 
-        Its members get new bits, and the old ones no longer count: that takes microseconds. Later
-        operations purge the rows, some of them each.
+        Its members get new bits, and the old ones no longer count; later operations purge the rows.
         """
         dropped = 0
         for scope in self._scopes_of(pod, rank):
