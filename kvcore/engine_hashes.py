@@ -29,14 +29,18 @@ def encode(hashes: EngineHashes) -> tuple[NDArray[np.uint64], NDArray[np.uint64]
         InvalidInputError: Not 1-D, not ints of 64 bits or bytes of at most 32, or both mixed.
     """
     if isinstance(hashes, np.ndarray):
-        if hashes.dtype is _UINT64 and hashes.strides == (8,):
+        if hashes.dtype is _UINT64 and hashes.strides == (8,) and hashes.flags.aligned:
             return cast("NDArray[np.uint64]", hashes), NO_WIDE
         if hashes.ndim != 1 or hashes.dtype not in (np.uint64, np.int64):
             raise ArrayError("engine hashes must be a 1-D array of 64-bit ints")
-        return np.ascontiguousarray(hashes).view(np.uint64), NO_WIDE
+        return np.require(hashes, requirements=["C", "A"]).view(np.uint64), NO_WIDE
     if len(hashes) and isinstance(hashes[0], bytes):
         return _encode_bytes(hashes)
     try:
+        as_given = np.array(hashes)
+        if as_given.ndim == 1 and as_given.dtype in (np.uint64, np.int64):
+            return as_given.view(np.uint64), NO_WIDE
+        # Of either sign beyond 63 bits, numpy makes floats or objects.
         return np.array([_as_unsigned(h) for h in hashes], dtype=np.uint64), NO_WIDE
     except (TypeError, ValueError, OverflowError) as exc:
         raise InvalidInputError("an engine hash is a 64-bit int, or at most 32 bytes") from exc

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from kvcore.index import BlockIndex
 
 
+class StoreResult(NamedTuple):
+    """What became of the blocks of one store."""
+
+    stored: int  # blocks held now, copies included
+    waiting: int  # blocks that wait for their parent
+    joined: int  # blocks that had waited and were placed because of this store
+    replaced: int  # engine hashes that named another block before; the old copies are gone
+
+
+NOTHING, ONE_STORED = StoreResult(0, 0, 0, 0), StoreResult(1, 0, 0, 0)
+
+
 class EventRun(NamedTuple):
     """Many events as flat arrays; event i is about ``hashes[ends[i - 1]:ends[i]]``."""
 
@@ -46,7 +58,7 @@ def apply(index: BlockIndex, run: EventRun, block_size: int) -> int:
         stop = max(stop, event + 1)
         event = events.apply(
             index.memory.address, run.is_store, bits, ends[:stop], run.hashes, run.follows,
-            run.parents, run.tokens, block_size, event,
+            run.parents, run.tokens, block_size, event, index.memory.zeros,
         )  # fmt: skip
         last = int(ends[event - 1]) if event else 0
         if event < stop:
@@ -62,17 +74,14 @@ def _finish_one(
     index: BlockIndex, run: EventRun, event: int, block_size: int, bits: NDArray[np.int64]
 ) -> None:
     """Do the rest of an event that the kernel left."""
-    header = index.memory.header
-    names, done = run.hashes[_span(run, event)], header.item(m.DONE)
-    keys = index.memory.use_keys(names.size)[: names.size]
+    names, done = run.hashes[_span(run, event)], index.memory.header.item(m.DONE)
     if done < 0:
         _apply_one(index, run, event, block_size)
     elif run.is_store[event]:
-        index.store_rest(int(bits[event]), names, NO_WIDE, keys, done)
+        index.store_rest(int(bits[event]), names, NO_WIDE, done)
     else:
-        while done < names.size:
-            index.make_room()
-            done = events.remove(index.memory.address, int(bits[event]), names, NO_WIDE, done)
+        unknown = index.run(int(bits[event]), names, NO_WIDE, is_removal=True, done=done)
+        index.memory.header[m.UNKNOWN] = unknown
 
 
 def _apply_one(index: BlockIndex, run: EventRun, event: int, block_size: int) -> int:
@@ -96,7 +105,8 @@ def _checked_bits(index: BlockIndex, run: EventRun, block_size: int) -> NDArray[
     check_block_size(block_size)
     check_tokens(run.tokens)
     for array, dtype in zip(run, _DTYPES, strict=True):
-        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+        usable = array.ndim == 1 and array.flags.c_contiguous and array.flags.aligned
+        if array.dtype != dtype or not usable:
             raise ArrayError(f"expected a 1-D C-contiguous array of {np.dtype(dtype)}")
     n = run.holders.size
     if not n == run.is_store.size == run.ends.size == run.follows.size == run.parents.size:

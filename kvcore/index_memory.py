@@ -41,6 +41,8 @@ class Memory:
         self.keep(m.MEMBERS, np.zeros((64, m.MEMBER_WORDS), dtype=np.int64))
         for word in (m.MASK, m.DEAD, m.VICTIM):
             self.keep(word, np.zeros(1, dtype=np.uint64))
+        self._zeros = np.zeros(4, dtype=np.int64)
+        self.zeros: int = self._zeros.ctypes.data  # the address of "nothing more" for a store
         self.n_keys = 0
         self.use_keys(64)
         self.growing = False  # an old index may be in use
@@ -52,8 +54,8 @@ class Memory:
         self.limit_rows = limit
         for table in (m.BLOCKS, m.NAMES, m.COUNTS):
             self.header[table + m.LIMIT] = limit
-            self.keep(table + m.ROWS, np.zeros(2 * limit, dtype=np.uint64))
-        self.keep(m.AGES, np.zeros(limit, dtype=np.uint16))
+            self.keep(table + m.ROWS, _small_pages(2 * limit, np.uint64))
+        self.keep(m.AGES, _small_pages(limit, np.uint16))
 
     def keep(self, word: int, array: NDArray) -> None:
         """Own an array, and write its address into a word of the header."""
@@ -95,7 +97,7 @@ class Memory:
                 return False
             kernels.finish_migration(self.address, table)
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
-            self.keep(table + m.INDEX, _slots(2 << bits))
+            self.keep(table + m.INDEX, _small_pages(2 << bits, np.uint32))
             self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1
             self.header[table + m.MOVED] = 1
             self.growing = True
@@ -119,6 +121,16 @@ class Memory:
         """Reserve the column of names that are bytes."""
         if m.WIDE not in self.arrays:
             self.keep(m.WIDE, np.zeros(self.limit_rows * m.WIDE_WORDS, dtype=np.uint64))
+
+    def more(
+        self, extras: NDArray[np.uint64], parent: NDArray[np.uint64], names: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], object]:
+        """Return what `kernels.events.store` takes as ``more``, and what must outlive the call."""
+        if parent.size or names.size:
+            self.use_wide_names()
+        at = [array.ctypes.data if array.size else 0 for array in (extras, parent, names)]
+        words = [at[0], extras.size // 2, at[1], at[2]]
+        return np.array(words, dtype=np.int64), (extras, parent, names)
 
     @property
     def set_words(self) -> int:
@@ -147,13 +159,14 @@ class Memory:
         self.keep(m.SETS + m.ROWS, rows.reshape(-1))
 
 
-def _slots(n: int) -> NDArray[np.uint32]:
+def _small_pages(n: int, dtype: type) -> NDArray:
     """Return zeros in small pages, committed one by one as they are touched.
 
-    An index is touched all over at once. In huge pages that is one pause: 4.4 ms for each 2 MiB on
-    a virtual machine, 35 to 70 ms for the index of 1.5 million rows.
+    A huge page is a pause of 4.4 ms where it was measured (a virtual machine), and an index, which
+    is touched all over at once, 35 to 70 ms for 1.5 million rows.
     """
-    area = mmap.mmap(-1, 4 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size_bytes = n * np.dtype(dtype).itemsize
+    area = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         area.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(area, dtype=np.uint32)
+    return np.frombuffer(area, dtype=dtype)

@@ -135,7 +135,7 @@ class Index:
         for holder in [h for h in self.copies if h.pod == pod]:
             del self.copies[holder]
             self.keys.pop(holder.scope, None)
-            self.windows.pop(holder.scope, None)
+        self.windows = {scope: w for scope, w in self.windows.items() if scope[0] != pod}
         return blocks
 
     def waiting_blocks(self) -> int:

@@ -1,7 +1,7 @@
 """Compiled loops. The only package that imports numba.
 
-Arrays in, arrays out: no Python objects, no validation; callers own the checks, and every kernel
-has a slow twin in ``tests/naive.py``. All are compiled at import for declared signatures, never
-cached on disk (replicas start together, and shared cold caches race: numba #10128), and hold no
-GIL.
+No Python objects, no validation: callers own the checks, and the slow twins are in
+``tests/naive.py``. Everything is compiled at import for declared signatures (some ten seconds on
+two cores), never cached on disk (replicas start together, and shared cold caches race: numba
+#10128), and holds no GIL.
 """

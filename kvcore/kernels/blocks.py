@@ -313,6 +313,13 @@ def wide_at(wide, i):
     return wide + 8 * WIDE_WORDS * i if wide else 0
 
 
+@inner(_V(HEADER, _I, _U))
+def _expect_name(header, bit, name):
+    members = i64(header, MEMBERS)
+    if members[members[bit * MEMBER_WORDS + SCOPE] * MEMBER_WORDS + MODE] & OTHER_NAMED:
+        expect(header, NAMES, mix(name))
+
+
 @inner(_I(HEADER, _I, WORDS, WORDS, _I, _I, _I, _I))
 def store_run(header, bit, keys, names, n, wide, start, before):
     """Store blocks ``start:`` of a run that follows row ``before``; return where it ended.
@@ -325,6 +332,7 @@ def store_run(header, bit, keys, names, n, wide, start, before):
             return i
         if i + _AHEAD < n:
             expect(header, BLOCKS, keys[i + _AHEAD])
+            _expect_name(header, bit, names[i + _AHEAD])
         before = _store_block(header, bit, keys[i], names[i], wide_at(wide, i), before)
         header[LAST_ROW] = before
     header[EPOCH_LEFT] -= n - start
@@ -366,6 +374,7 @@ def remove_run(header, bit, names, n, wide, start):
             return i
         if i + _AHEAD < n:
             expect(header, BLOCKS, names[i + _AHEAD])
+            _expect_name(header, bit, names[i + _AHEAD])
         if not _take(header, resolve(header, scope, names[i], wide_at(wide, i)), bit):
             header[UNKNOWN] += 1
     return n

@@ -15,16 +15,29 @@ from kvcore.kernels.memory import (
     STRIDE,
     entry,
     header_at,
+    inner,
     trailing_zeros,
     u32,
     u64,
 )
 from kvcore.kernels.sets import contains
+from kvcore.kernels.table import expect, expect_row
 from kvcore.kernels.xxh3 import KEYS
 
 _I = types.int64
 _ONE = np.uint64(1)
+_AHEAD = 8  # blocks
 OUT = types.Array(types.int32, 2, "C")
+
+
+@inner(_I(types.uint64, _I, _I, OUT, _I))
+def _write(scopes, word, blocks, out, found):
+    while scopes:
+        out[0, found] = 64 * word + trailing_zeros(scopes)
+        out[1, found] = blocks
+        found += 1
+        scopes &= scopes - _ONE
+    return found
 
 
 @entry(_I(ADDRESS, KEYS, OUT))
@@ -63,6 +76,9 @@ def match(address, keys, out):
             i += 1
         if i == n:
             break
+        if i + 2 * _AHEAD < n:  # rows are apart: let the next ones come meanwhile
+            expect(header, BLOCKS, keys[i + 2 * _AHEAD])
+            expect_row(header, BLOCKS, keys[i + _AHEAD])
         row = find_block(header, keys[i], row)
         if row == 0:
             break
@@ -74,19 +90,10 @@ def match(address, keys, out):
                 gone = active[word] & ~sets[at + word]
                 active[word] ^= gone
                 left |= active[word]
-                while gone:
-                    out[0, found] = 64 * word + trailing_zeros(gone)
-                    out[1, found] = i
-                    found += 1
-                    gone &= gone - _ONE
+                found = _write(gone, word, i, out, found)
         i += 1
     for word in range(words):
-        rest = active[word]
-        while rest:
-            out[0, found] = 64 * word + trailing_zeros(rest)
-            out[1, found] = i
-            found += 1
-            rest &= rest - _ONE
+        found = _write(active[word], word, i, out, found)
     return found
 
 

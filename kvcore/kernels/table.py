@@ -106,6 +106,14 @@ def expect(header, table, key):
     prefetch32(header, table + INDEX, _home(key, header[table + BITS]))
 
 
+@inner(_V(HEADER, _I, _U))
+def expect_row(header, table, key):
+    """Have the row fetched that is likely the key's; its slot has been fetched before."""
+    bits = header[table + BITS]
+    row = np.int64(u32(header, table + INDEX)[_home(key, bits)]) & ((1 << bits) - 1)
+    prefetch32(header, table + ROWS, 2 * row * header[table + STRIDE])
+
+
 @inner(_V(HEADER, _I, _I))
 def _link(header, table, row):
     """Put a row into the new index, unless it is there."""
