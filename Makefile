@@ -37,6 +37,9 @@ check: $(VENV)/.dev-ready ## what CI runs: format, lint, types, import rules, te
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/.dev-ready ## the index beside its peers; KVATLAS_PEER_PYTHON adds Dynamo's column
+	$(BIN)/python -m tests.bench.index
+
 bench-http: $(VENV)/.dev-ready ## requests/s and latency of every placement beside a bare app
 	$(BIN)/python -m tests.bench.http
 
@@ -59,4 +62,4 @@ $(VENV)/.dev-ready: $(VENV)/.run-ready
 	@$(PIP) -q -e ".[dev]" || $(NO_COMPILER)
 	@touch $@
 
-.PHONY: help run demo test check bench-http detect-python clean
+.PHONY: help run demo test check bench bench-http detect-python clean

@@ -72,10 +72,17 @@ class Service:
     """
 
     def __init__(
-        self, config: Path, *, say: Callable[[str], None], ray_dir: Path | None = None
+        self,
+        config: Path,
+        *,
+        say: Callable[[str], None],
+        ray_dir: Path | None = None,
+        is_fast: bool = True,
     ) -> None:
+        """Take a Serve config; ``is_fast=False`` leaves Serve on its defaults, to compare."""
         self._config_text = yaml.safe_load(config.read_text())
         self._config_path, self._say, self._ray_dir = config, say, ray_dir
+        self._is_fast = is_fast
         self._scratch = Path(tempfile.mkdtemp(prefix="kvatlas-"))
         self._ray: subprocess.Popen[bytes] | None = None
         self._serve: subprocess.Popen[bytes] | None = None
@@ -100,7 +107,10 @@ class Service:
         problems = find_problems([(self.http_port, "the HTTP API"), *self.settings.ports()])
         if problems:
             raise LaunchError("\n".join(problems))
-        environment = {**os.environ, **ray_environment(self._scratch)}
+        fast = ray_environment(self._scratch)
+        if not self._is_fast:
+            fast = {name: fast[name] for name in fast if not name.startswith("RAY_SERVE_")}
+        environment = {**os.environ, **fast}
         self._say(f"starting Ray (log: {self._scratch / 'ray.log'})")
         self._start_ray(environment)
         self._say(f"starting Serve with {self._config_path}")

@@ -20,7 +20,9 @@ async def _serving(args):
     settings = Settings.model_validate({"block_size": 4, "models": {"use_hub": False}, **args})
     indexer = Indexer(settings)
     ingress = Ingress(settings, indexer)
-    config = uvicorn.Config(ingress.app(), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off")
+    config = uvicorn.Config(
+        ingress.app(), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off"
+    )
     server = uvicorn.Server(config)
     listener = config.bind_socket()
     listener.listen()
