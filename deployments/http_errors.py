@@ -21,6 +21,7 @@ STATUS: dict[type[errors.KvError], int] = {
     errors.KvError: 500,
     errors.InvalidInputError: 400,
     errors.PromptTooLongError: 413,
+    errors.UnknownPodError: 404,
     errors.ModelError: 502,
     errors.ModelNotFoundError: 404,
     errors.ModelForbiddenError: 403,

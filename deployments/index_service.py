@@ -15,7 +15,7 @@ from deployments.publisher import Publisher
 from deployments.schemas import Mode, RankScore, ScoreAnswer, ScoreQuery
 from deployments.settings import PodEndpoint, Settings
 from deployments.subscriber import Subscriber
-from kvcore.errors import InvalidInputError
+from kvcore.errors import InvalidInputError, UnknownPodError
 from kvcore.hashing import hash_blocks, namespace_root
 from kvcore.index import BlockIndex
 from kvcore.scorer import score
@@ -83,10 +83,10 @@ class IndexService:
         """Forget a pod and return how many blocks it held.
 
         Raises:
-            InvalidInputError: There is no such pod.
+            UnknownPodError: There is no such pod.
         """
         if name not in {status.pod for status in self._subscriber.statuses()}:
-            raise InvalidInputError(f"there is no pod {name}")
+            raise UnknownPodError(f"there is no pod {name}")
         self.pods_version += 1
         return self._subscriber.remove_pod(name)
 

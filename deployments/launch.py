@@ -39,12 +39,14 @@ def ray_environment(scratch: Path) -> dict[str, str]:
     Args:
         scratch: A short path for HAProxy's files; its sockets allow 97 characters.
     """
+    tools = Path(sys.executable).parent  # where the dashboard finds py-spy
     return {
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LOG_TO_STDERR": "1",  # throughput mode hides the replicas' words
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "kvatlas-haproxy"),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(tools / "kvatlas-haproxy"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),

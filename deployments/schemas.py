@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcore.errors import InvalidFieldError
 
-Mode = Literal["EXACT", "PARTIAL", "APPROXIMATE", "FALLBACK"]
+Mode = Literal["EXACT", "PARTIAL", "FALLBACK"]
 
 Body = TypeVar("Body", bound=BaseModel)
 

@@ -6,6 +6,7 @@
     │   ├── InvalidFieldError      one field of the request, named, is wrong or not to be honoured
     │   ├── RenderError            the chat template refuses the chat, or fails on it
     │   ├── RenderLimitError       a request's own template ran out of its time or memory
+    │   ├── UnknownPodError        no pod of that name is followed
     │   ├── TemplateSyntaxError    Jinja cannot compile the template
     │   └── ArrayError             an array of another dtype or shape; a bug in the caller
     ├── ModelError                 a model's tokenizer or template is not to be had
@@ -64,6 +65,10 @@ class RenderError(InvalidInputError):
 
 class RenderLimitError(InvalidInputError):
     """A template that came with a request ran out of its time or memory."""
+
+
+class UnknownPodError(InvalidInputError):
+    """No pod of that name is followed."""
 
 
 class TemplateSyntaxError(InvalidInputError):

@@ -273,7 +273,7 @@ def test_pods_come_and_go_while_it_runs(service):
     removed = ask(f"{apart}/pods/pod-1", method="DELETE").body
     assert removed == {"removed": "pod-1", "blocks": held}
     assert "pod-1" not in {pod["pod"] for pod in ask(f"{apart}/pods").body["pods"]}
-    assert ask(f"{apart}/pods/pod-1", method="DELETE").status == 400
+    assert ask(f"{apart}/pods/pod-1", method="DELETE").status == 404
     fleet = service.settings.fleet
     entry = next(pod for pod in fleet.pods(service.settings.model) if pod.name == "pod-1")
     assert ask(f"{apart}/pods", entry.model_dump(exclude_none=True)).status == 201
