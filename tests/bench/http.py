@@ -258,7 +258,7 @@ def main() -> None:
         f"POST /score_completions, {N_TOKENS} tokens, {N_PROMPTS} prompts, half the blocks held.\n"
         f"{os.cpu_count()} cores ({platform.machine()}), load {load_before:.1f} before the run, "
         f"Python {platform.python_version()}, Ray {importlib.metadata.version('ray')}.\n"
-        f"Medians of {options.rounds} rounds of {options.seconds:.0f} s for each set-up; "
+        f"Medians of {options.rounds} rounds of {options.seconds:g} s for each set-up; "
         "min is the slowest round's req/s.\n"
     )
     print("\n".join(table(alone, found)))
