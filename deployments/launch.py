@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -27,6 +29,8 @@ from deployments.settings import Settings, with_environment
 _READY_TIMEOUT_S = 240.0
 _SERVE_STOP_TIMEOUT_S = 25.0
 _RAY_STOP_TIMEOUT_S = 15.0
+# The controller answers its shutdown by ending, which the raylet takes for a failure (Ray 2.60).
+_FALSE_ALARM = b"Task ServeController.graceful_shutdown failed"
 
 
 class LaunchError(Exception):
@@ -121,7 +125,9 @@ class Service:
         self._serve = subprocess.Popen(  # noqa: S603 - our own words and file
             [_tool("serve"), "run", str(effective), "--address", self.ray_address],
             env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        threading.Thread(target=_relay, args=(self._serve.stdout,), daemon=True).start()
         self._wait(self._is_ready, self._serve, "the service", _READY_TIMEOUT_S)
 
     def wait(self) -> None:
@@ -248,6 +254,14 @@ def _free_port(preferred: int) -> int:
                 continue
             return probe.getsockname()[1]
     raise LaunchError("no TCP port is free on 127.0.0.1")
+
+
+def _relay(lines: IO[bytes]) -> None:
+    """Show what Serve prints, but for an alarm that its orderly end always raises."""
+    for line in lines:
+        if _FALSE_ALARM not in line:
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
 
 
 def _processes_naming(scratch: str) -> list[int]:
