@@ -248,6 +248,8 @@ def _free_port(preferred: int) -> int:
     """Return the preferred port, or one that the system picks where it is taken."""
     for port in (preferred, 0):
         with socket.socket() as probe:
+            # As servers do: a port whose last user has just gone is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
