@@ -150,6 +150,7 @@ class Service:
             self._ray = None
             for pid in _processes_naming(str(self._scratch)):  # HAProxy outlives a killed Ray
                 os.kill(pid, signal.SIGKILL)
+            _forget_cluster(self.ray_address)
             self._say("stopped")
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -276,6 +277,16 @@ def _processes_naming(scratch: str) -> list[int]:
         except OSError:  # it ended meanwhile
             continue
     return found
+
+
+def _forget_cluster(address: str) -> None:
+    """Remove Ray's note of its latest cluster, or the next ``serve run`` by hand waits for ours."""
+    note = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray/ray_current_cluster"
+    try:
+        if note.read_text().strip() == address:
+            note.unlink()
+    except OSError:  # there is none
+        return
 
 
 def _end(child: "subprocess.Popen[bytes]", kind: signal.Signals, timeout_s: float) -> None:
