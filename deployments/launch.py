@@ -92,6 +92,7 @@ class Service:
         self._scratch = Path(tempfile.mkdtemp(prefix="kvatlas-"))
         self._ray: subprocess.Popen[bytes] | None = None
         self._serve: subprocess.Popen[bytes] | None = None
+        self._words: threading.Thread | None = None
         self.settings = read_settings(self._config_text)
         options = self._config_text.setdefault("http_options", {})
         self.http_port = int(os.environ.get("HTTP_PORT") or options.get("port") or 8000)
@@ -127,7 +128,8 @@ class Service:
             env=environment, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        threading.Thread(target=_relay, args=(self._serve.stdout,), daemon=True).start()
+        self._words = threading.Thread(target=_relay, args=(self._serve.stdout,), daemon=True)
+        self._words.start()
         self._wait(self._is_ready, self._serve, "the service", _READY_TIMEOUT_S)
 
     def wait(self) -> None:
@@ -143,6 +145,8 @@ class Service:
         if self._serve is not None:
             self._say("stopping Serve: sockets close, the last events are flushed")
             _end(self._serve, signal.SIGINT, _SERVE_STOP_TIMEOUT_S)
+            if self._words is not None:
+                self._words.join(5.0)  # its last words are still to be shown
             self._serve = None
         if self._ray is not None:
             self._say("stopping Ray")
@@ -261,10 +265,11 @@ def _free_port(preferred: int) -> int:
 
 def _relay(lines: IO[bytes]) -> None:
     """Show what Serve prints, but for an alarm that its orderly end always raises."""
-    for line in lines:
-        if _FALSE_ALARM not in line:
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
+    with lines:
+        for line in lines:
+            if _FALSE_ALARM not in line:
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
 
 
 def _processes_naming(scratch: str) -> list[int]:
