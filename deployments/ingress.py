@@ -128,7 +128,7 @@ class Ingress:
         body = parse(ScoreRequest, await self._body(request))
         model = body.model or self._settings.model
         tokens, fallback = await self._tokens(model, body.prompt, body.add_special_tokens)
-        answer = await self._scorer.ask(
+        answer, mode, reason = await self._score(
             ScoreQuery(
                 tokens=tokens.tobytes(),
                 model=model,
@@ -137,10 +137,9 @@ class Ingress:
                 salt=body.cache_salt,
                 pods=None if body.pods is None else tuple(body.pods),
                 prompt=body.prompt if isinstance(body.prompt, str) else None,
-            )
+            ),
+            fallback,
         )
-        mode, reason = _degradation(answer, fallback)
-        self._metrics.scored(mode, answer.n_tokens)
         return JsonResponse(
             {
                 "pod_scores": answer.pod_scores(),
@@ -165,7 +164,7 @@ class Ingress:
             rendered.model, rendered.text, add_special_tokens=rendered.add_special_tokens
         )
         request_id = request_id_of(request)
-        answer = await self._scorer.ask(
+        answer, mode, reason = await self._score(
             ScoreQuery(
                 tokens=encoded.tokens.tobytes(),
                 model=rendered.model,
@@ -179,10 +178,9 @@ class Ingress:
                     "template_vars": body.get("chat_template_kwargs") or {},
                     "received_at": started,
                 },
-            )
+            ),
+            rendered.fallback_reason or encoded.fallback_reason,
         )
-        fallback = rendered.fallback_reason or encoded.fallback_reason
-        mode, reason = _degradation(answer, fallback)
         body["model"] = rendered.model
         return await self._route(
             "/v1/chat/completions", request, body=body, answer=answer, mode=mode, reason=reason
@@ -195,20 +193,29 @@ class Ingress:
             raise InvalidFieldError("kv_transfer_params", "is not accepted from a client")
         prompt, model = wanted.single_prompt(), wanted.model or self._settings.model
         tokens, fallback = await self._tokens(model, prompt, wanted.add_special_tokens)
-        answer = await self._scorer.ask(
+        answer, mode, reason = await self._score(
             ScoreQuery(
                 tokens=tokens.tobytes(),
                 model=model,
                 request_id=request_id_of(request),
                 salt=wanted.cache_salt,
                 prompt=prompt if isinstance(prompt, str) else None,
-            )
+            ),
+            fallback,
         )
-        mode, reason = _degradation(answer, fallback)
         body["model"] = model
         return await self._route(
             "/v1/completions", request, body=body, answer=answer, mode=mode, reason=reason
         )
+
+    async def _score(
+        self, query: ScoreQuery, fallback: str | None
+    ) -> tuple[ScoreAnswer, Mode, str | None]:
+        """Ask the indexer; mode and reason say what of index and model is to be trusted."""
+        answer = await self._scorer.ask(query)
+        mode, reason = _degradation(answer, fallback)
+        self._metrics.scored(mode, answer.n_tokens)
+        return answer, mode, reason
 
     async def _tokens(
         self, model: str, prompt: str | list[int], add_special_tokens: bool
@@ -231,7 +238,6 @@ class Ingress:
         reason: str | None,
     ) -> Response:
         """Send a request to the pod with the best score and relay what it answers."""
-        self._metrics.scored(mode, answer.n_tokens)
         if answer.pods_version != self._pods_version:
             status = await self._indexer_status()
             self._engines.update({pod.name: pod.url for pod in status.endpoints if pod.url})
