@@ -12,7 +12,7 @@ import zmq
 from deployments.settings import CurveSettings, EventsSettings
 from deployments.sockets import close_socket, open_socket, watch
 from kvcore.errors import EventDecodeError
-from kvcore.events import EventBatch, decode_batch
+from kvcore.events import EventBatch
 from kvcore.feed import Feed, ModelRoot
 from kvcore.index import BlockIndex
 from kvcore.stream import Clear, Step, Stream
@@ -51,6 +51,7 @@ class Follower:
         model: str | None,
         curve: CurveSettings | None,
         model_root: ModelRoot,
+        decode: Callable[[bytes], EventBatch],
         context: zmq.Context,
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[Any], None],
@@ -70,6 +71,7 @@ class Follower:
         )
         self.stream = Stream(has_replay=replay is not None, limits=limits)
         self._settings, self._index, self._model_root = settings, index, model_root
+        self._decode = decode
         self._is_model_open = model is None
         self._model = model or settings.default_model
         self._replay_endpoint, self._curve = replay, curve
@@ -181,7 +183,7 @@ class Follower:
             self.ask(now)
             return
         try:
-            batch = decode_batch(payload)
+            batch = self._decode(payload)
         except EventDecodeError:
             batch = None
         seq = int.from_bytes(number, "big")

@@ -21,7 +21,7 @@ from deployments.inlet import Inlet
 from deployments.settings import EventsSettings, PodEndpoint
 from deployments.sockets import close_socket, guard, parse_topic, rank_endpoint
 from kvcore.errors import EventDecodeError, InvalidInputError
-from kvcore.events import EventBatch, decode_batch
+from kvcore.events import BatchDecoder, EventBatch
 from kvcore.feed import ModelRoot
 from kvcore.index import BlockIndex
 from kvcore.stream_state import PodState, Position
@@ -64,6 +64,7 @@ class Subscriber:
         self.counters = SubscriberCounters()
         self._settings, self._index, self._model_root = settings, index, model_root
         self._clock, self._wall_clock = clock, wall_clock
+        self._decode = BatchDecoder().decode
         self._pods: dict[str, PodEndpoint] = {}
         self._removed: set[str] = set()
         self._followers: dict[tuple[str, int], Follower] = {}
@@ -200,6 +201,7 @@ class Subscriber:
             model=(pod.model if pod else None) or model,
             curve=pod.curve if pod else None,
             model_root=self._model_root,
+            decode=self._decode,
             context=context,
             loop=loop,
             wake=self._wake,
@@ -296,7 +298,7 @@ class Subscriber:
         seq = int.from_bytes(frames[1], "big") if len(frames) == 3 else _MAX_SEQ
         if seq < _MAX_SEQ and len(frames[1]) == 8:
             with contextlib.suppress(EventDecodeError):  # counted as damaged below
-                batch = decode_batch(frames[2])
+                batch = self._decode(frames[2])
         follower = self._whose(inlet, frames[0], batch)
         if follower is None:
             return

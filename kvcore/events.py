@@ -28,6 +28,7 @@ _REMOVED_FIELDS = ["block_hashes", "medium", "group_idx", "locality", "ownership
 _BATCH_FIELDS = ["ts", "events", "data_parallel_rank"]
 _HASH_MASK = (1 << 64) - 1
 _MAX_CACHED_BYTES = 512  # of an event's lesser fields
+_MAX_KEPT_BYTES = 1 << 20  # a decoder's arrays are for messages up to this size
 
 
 class BlockStored(NamedTuple):
@@ -91,47 +92,65 @@ class EventBatch(NamedTuple):
     skipped: list[SkippedEvent]
 
 
-def decode_batch(payload: bytes) -> EventBatch:
-    """Decode one message's payload.
+class BatchDecoder:
+    """Decode messages one after another, in arrays that are kept between them."""
 
-    Raises:
-        EventDecodeError: The bytes are no msgpack, or no event batch.
-    """
-    data = np.frombuffer(payload, dtype=np.uint8)
-    head = np.empty(2, dtype=np.uint64)
-    # A hash has nine bytes, or more space than it needs; no token has less than one.
-    hashes = np.empty(len(payload) // 8 + 8, dtype=np.uint64)
-    tokens = np.empty(len(payload), dtype=np.uint32)
-    table = np.empty((min(len(payload) // 16 + 1, 4096), kernel.N_COLUMNS), dtype=np.int64)
-    n_events = kernel.scan_batch(data, head, hashes, tokens, table)
-    ts = float(head.view(np.float64)[0]) if n_events >= 0 else math.nan
-    if not math.isfinite(ts):
-        return decode_batch_by_library(payload)
-    events: list[Event] = []
-    skipped: list[SkippedEvent] = []
-    hash_at = token_at = 0
-    for row in table[:n_events].tolist():
-        kind, n_hashes, has_parent, parent, n_tokens, block_size, rest, end, n_rest, is_map = row
-        names = hashes[hash_at : hash_at + n_hashes].copy()
-        hash_at += n_hashes
-        try:
-            fields = _rest(kind, bool(is_map), n_rest, payload[rest:end])
-        except (ValueError, TypeError, LookupError, OverflowError):
-            return decode_batch_by_library(payload)  # which tells what is wrong with it
-        if kind == kernel.STORED:
-            ids = tokens[token_at : token_at + n_tokens].copy()
-            token_at += n_tokens
-            above = parent & _HASH_MASK if has_parent else None
-            events.append(BlockStored(names, above, ids, block_size, *fields))
-        elif kind == kernel.REMOVED:
-            events.append(BlockRemoved(names, *fields))
-        else:
-            events.append(AllBlocksCleared())
-    return EventBatch(ts, events, int(head[1]) - 1 if head[1] else None, skipped)
+    def __init__(self, n_bytes: int = 8192) -> None:
+        self._reserve(n_bytes)
+
+    def _reserve(self, n_bytes: int) -> None:
+        """Have arrays for messages of so many bytes: no hash or token is read from less."""
+        self._reserved_bytes = n_bytes
+        self._hashes = np.empty(n_bytes // 8 + 8, dtype=np.uint64)
+        self._tokens = np.empty(n_bytes, dtype=np.uint32)
+        n_rows = min(n_bytes // 16 + 2, 4096)
+        self._table = np.empty((n_rows, kernel.N_COLUMNS), dtype=np.int64)
+        self._time = self._table.view(np.float64)[0, : kernel.TIME + 1]
+
+    def decode(self, payload: bytes) -> EventBatch:
+        """Decode one message's payload.
+
+        Raises:
+            EventDecodeError: The bytes are no msgpack, or no event batch.
+        """
+        if len(payload) > self._reserved_bytes:
+            if len(payload) > _MAX_KEPT_BYTES:
+                return BatchDecoder(len(payload)).decode(payload)
+            self._reserve(2 * len(payload))
+        hashes, tokens, table = self._hashes, self._tokens, self._table
+        n_events = kernel.scan_batch(payload, hashes, tokens, table)
+        if n_events < 0 or not math.isfinite(ts := self._time.item(kernel.TIME)):
+            return decode_batch_by_library(payload)
+        events: list[Event] = []
+        hash_at = token_at = 0
+        for row in table[1 : n_events + 1].tolist():
+            kind, n_hashes, has_parent, parent, n_tokens, size, rest, end, n_rest, is_map = row
+            names = hashes[hash_at : hash_at + n_hashes].copy()
+            hash_at += n_hashes
+            try:
+                fields = _rest(kind, is_map, n_rest, payload[rest:end])
+            except (ValueError, TypeError, LookupError, OverflowError):
+                return decode_batch_by_library(payload)  # which tells what is wrong with it
+            if kind == kernel.STORED:
+                ids = tokens[token_at : token_at + n_tokens].copy()
+                token_at += n_tokens
+                above = parent & _HASH_MASK if has_parent else None
+                events.append(BlockStored(names, above, ids, size, *fields))
+            elif kind == kernel.REMOVED:
+                events.append(BlockRemoved(names, *fields))
+            else:
+                events.append(AllBlocksCleared())
+        rank = table.item(0, kernel.RANK)
+        return EventBatch(ts, events, rank - 1 if rank else None, [])
+
+
+def decode_batch(payload: bytes) -> EventBatch:
+    """Decode one message as `BatchDecoder` does, which is faster for many."""
+    return BatchDecoder(len(payload)).decode(payload)
 
 
 @lru_cache(maxsize=4096)
-def _rest_of_short(kind: int, is_map: bool, n_fields: int, data: bytes) -> tuple[Any, ...]:
+def _rest_of_short(kind: int, is_map: int, n_fields: int, data: bytes) -> tuple[Any, ...]:
     """Read the fields behind the ones the kernel reads; a few kinds of them come all the time."""
     header = bytes([(0x80 if is_map else 0x90) | n_fields])
     names = _REMOVED_FIELDS[1:] if kind == kernel.REMOVED else _STORED_FIELDS[4:]
@@ -141,7 +160,7 @@ def _rest_of_short(kind: int, is_map: bool, n_fields: int, data: bytes) -> tuple
     return _removed_rest(fields) if kind == kernel.REMOVED else ()
 
 
-def _rest(kind: int, is_map: bool, n_fields: int, data: bytes) -> tuple[Any, ...]:
+def _rest(kind: int, is_map: int, n_fields: int, data: bytes) -> tuple[Any, ...]:
     read = _rest_of_short if len(data) <= _MAX_CACHED_BYTES else _rest_of_short.__wrapped__
     return read(kind, is_map, n_fields, data)
 
@@ -305,7 +324,8 @@ def _tokens(values: Any) -> tuple[Tokens, bool]:
 def _extra_keys(values: Any) -> list[list[str] | None] | None:
     if values is None:
         return None
-    return [None if keys is None else _block_keys(keys) for keys in _list(values)]
+    found = [None if keys is None else _block_keys(keys) for keys in _list(values)]
+    return found if any(found) else None
 
 
 def _block_keys(keys: Any) -> list[str] | None:

@@ -93,10 +93,12 @@ class Feed:
 
     def _in_order(self, events: list[Event]) -> list[Event]:
         """Put full attention first where it matters: sliding groups name blocks by its hashes."""
+        if len(events) < 2:
+            return events
         for event in events:
             if isinstance(event, BlockStored) and event.kv_cache_spec_sliding_window:
                 self._windowed.add(event.group_idx or 0)
-        if not self._windowed or len(events) < 2:
+        if not self._windowed:
             return events
         epoch, keys = 0, []
         for event in events:
@@ -218,6 +220,7 @@ class Feed:
         self._attention[group] = said
         kind, window = said
         if window:
+            self._windowed.add(group)
             blocks = max(1, -(-(window - 1) // self._block_size))
         elif kind is None or kind in _FULL_KINDS:
             blocks = None

@@ -14,6 +14,7 @@ from kvcore.kernels import memory as m
 from kvcore.kernels import table as kernels
 
 MIN_BITS = 10  # log2 of an index's slots at first
+_SMALL = 256  # times smaller than the budget
 BLOCK_BYTES, NAME_BYTES, COUNT_BYTES, WIDE_BYTES = 18, 16, 16, 8 * m.WIDE_WORDS
 # A store needs this much room at a time, whatever the budget.
 SPARE_ROWS = 64
@@ -93,12 +94,15 @@ class Memory:
                 self._resize_sets(2 * int(self.header[m.SETS + m.LIMIT]), self.set_words)
                 continue
             bits = int(self.header[table + m.BITS])
-            if table != m.SETS and self.size_bytes() + (4 << bits) > self.capacity_bytes:
+            # Growth moves every row: an index that is small in the budget grows in fewer steps.
+            bigger = bits + (2 if (4 << (bits + 2)) * _SMALL <= self.capacity_bytes else 1)
+            more_bytes = (4 << bigger) - (4 << bits)
+            if table != m.SETS and self.size_bytes() + more_bytes > self.capacity_bytes:
                 return False
             kernels.finish_migration(self.address, table)
             self.keep(table + m.OLD, self.arrays[table + m.INDEX])
-            self.keep(table + m.INDEX, _small_pages(2 << bits, np.uint32))
-            self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bits + 1
+            self.keep(table + m.INDEX, _small_pages(1 << bigger, np.uint32))
+            self.header[table + m.OLD_BITS], self.header[table + m.BITS] = bits, bigger
             self.header[table + m.MOVED] = 1
             self.growing = True
         return True

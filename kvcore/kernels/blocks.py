@@ -239,16 +239,20 @@ def _purge_other(header, bit, name, wide, row):
     return 1
 
 
-@inner(_I(HEADER, _I, _U, _I))
-def _name_of_block(header, row, name, wide):
-    key = mix(name)
+@inner(_I(HEADER, _I, _I, _U, _I))
+def _name_of_block(header, scope, row, name, wide):
+    """Find the row of NAMES where ``name`` is block ``row``; -1: to this scope it is another's."""
+    key, found = mix(name), 0
     cursor = first(header, NAMES, key)
     while cursor >= 0:
-        found = row_at(header, NAMES, cursor)
-        if _block_of(header, found) == row and _is_named(header, found, name, wide):
-            return found
+        candidate = row_at(header, NAMES, cursor)
+        if _is_named(header, candidate, name, wide):
+            if _block_of(header, candidate) == row:
+                found = candidate
+            elif contains(header, np.int64(u32(header, NAMES + ROWS)[4 * candidate + 2]), scope):
+                return -1
         cursor = after(header, NAMES, key, cursor)
-    return 0
+    return found
 
 
 @inner(_V(HEADER, _I, _I))
@@ -272,7 +276,9 @@ def _add_copy(header, found, bit):
 def _store_block(header, bit, key, name, wide, before):
     """Add one copy of a block; return its row. The caller has seen to the room."""
     members, ages = i64(header, MEMBERS), u16(header, AGES)
-    mode_at = members[bit * MEMBER_WORDS + SCOPE] * MEMBER_WORDS + MODE
+    scope = members[bit * MEMBER_WORDS + SCOPE]
+    mode_at = scope * MEMBER_WORDS + MODE
+    mode = members[mode_at]
     row = find_block(header, key, before)
     if row == 0:
         row = add(header, BLOCKS, key)
@@ -282,16 +288,19 @@ def _store_block(header, bit, key, name, wide, before):
     if before:
         u32(header, BLOCKS + ROWS)[4 * row + 3] = np.uint32(before)
     names_itself = wide == 0 and name == key
-    if members[mode_at] & OTHER_NAMED or (members[mode_at] and not names_itself):
+    is_plain, found = names_itself and not ages[row] & NAMED, 0
+    if mode & OTHER_NAMED or not is_plain:
+        found = _name_of_block(header, scope, row, name, wide)
+    if found < 0 or (mode & SELF_NAMED and not names_itself):
         header[REPLACED] += _purge_other(header, bit, name, wide, row)
-    if names_itself and not ages[row] & NAMED:
+        found = _name_of_block(header, scope, row, name, wide)
+    if is_plain:
         members[mode_at] |= SELF_NAMED
         _add_copy(header, -row, bit)
         return row
     if not ages[row] & NAMED:
         _write_names_out(header, row)
     members[mode_at] |= OTHER_NAMED
-    found = _name_of_block(header, row, name, wide)
     _add_copy(header, found if found else _add_name(header, row, name, wide), bit)
     return row
 
@@ -327,8 +336,10 @@ def store_run(header, bit, keys, names, n, wide, start, before):
     It ends before its end when a table is full; LAST_ROW is then the row to go on from.
     """
     _touch(header, before)
+    is_roomy = has_room(header, BLOCKS, n) and has_room(header, NAMES, 2 * n)
+    is_roomy = is_roomy and has_room(header, COUNTS, 2 * n)
     for i in range(start, n):
-        if not has_room_for_block(header):
+        if not (has_room(header, SETS, 4) if is_roomy else has_room_for_block(header)):
             return i
         if i + _AHEAD < n:
             expect(header, BLOCKS, keys[i + _AHEAD])

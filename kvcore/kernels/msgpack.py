@@ -8,12 +8,14 @@ import numpy as np
 from numba import njit, types
 
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)
+PAYLOAD = types.Bytes(types.uint8, 1, "C", readonly=True)  # read in place, no array made
 _I, _U = types.int64, types.uint64
 _PAIR = types.UniTuple(_I, 2)
 
 # Columns of the table that scan_batch fills, one row per event.
 KIND, N_HASHES, HAS_PARENT, PARENT, N_TOKENS, BLOCK_SIZE, REST, REST_END, N_REST, IS_MAP = range(10)
 N_COLUMNS = 10
+TIME, RANK = 0, 1  # in the table's first row
 STORED, REMOVED, CLEARED = range(3)
 
 _OTHER = -1  # valid or not: not the shape that this kernel reads
@@ -254,23 +256,24 @@ def _read_event(data, pos, hashes, hash_at, tokens, token_at, row):  # noqa: PLR
     return pos
 
 
-@njit(_I(BYTES, _U[::1], _U[::1], types.uint32[::1], _I[:, ::1]), nogil=True)
-def scan_batch(data, head, hashes, tokens, table):
+@njit(_I(PAYLOAD, _U[::1], types.uint32[::1], _I[:, ::1]), nogil=True)
+def scan_batch(payload, hashes, tokens, table):
     """Read a batch of the usual shape; return its number of events, or -1 for another shape.
 
-    data [n] uint8; head [2] uint64: bits of the float64 time, rank + 1 (0: none). hashes uint64,
-    tokens uint32 and table [max_events, N_COLUMNS] int64 are filled one event behind the other;
-    what does not fit is another shape. REST..REST_END are the bytes of the N_REST fields behind
-    the known ones. O(n).
+    Filled are the table [max_events + 1, N_COLUMNS] int64, whose first row has the bits of the
+    float64 TIME and the RANK + 1 (0: none), and hashes uint64 and tokens uint32, one event behind
+    the other; what does not fit is another shape. REST..REST_END are the bytes of the N_REST
+    fields behind the known ones. O(n).
     """
+    data = np.frombuffer(payload, dtype=np.uint8)
     if data.size < 12 or (data[0] != 0x92 and data[0] != 0x93) or data[1] != 0xCB:
         return _OTHER
-    head[0], head[1] = _big_endian(data, 2, 8), _U(0)
+    table[0, TIME], table[0, RANK] = _I(_big_endian(data, 2, 8)), 0
     n_events, pos = _array(data, 10)
-    if pos < 0 or n_events > table.shape[0]:
+    if pos < 0 or n_events >= table.shape[0]:
         return _OTHER
     n_hashes = n_tokens = 0
-    for event in range(n_events):
+    for event in range(1, n_events + 1):
         row = table[event]
         pos = _read_event(data, pos, hashes, n_hashes, tokens, n_tokens, row)
         if pos < 0:
@@ -282,5 +285,5 @@ def scan_batch(data, head, hashes, tokens, table):
             pos += 1
         else:
             rank, pos = _natural(data, pos)
-            head[1] = _U(rank + 1)
+            table[0, RANK] = rank + 1
     return n_events if pos == data.size else _OTHER

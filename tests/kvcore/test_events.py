@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvcore.errors import EventDecodeError
 from kvcore.events import (
     AllBlocksCleared,
+    BatchDecoder,
     BlockRemoved,
     BlockStored,
     EventBatch,
@@ -295,3 +296,23 @@ def test_any_bytes_are_a_batch_or_the_typed_error(payload):
     """No third outcome."""
     with contextlib.suppress(EventDecodeError):
         assert isinstance(decode_batch(payload), EventBatch)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(events, max_size=4), min_size=2, max_size=6))
+def test_what_a_decoder_returned_survives_its_next_messages(batches):
+    """Its arrays are used again while batches are held: none may look into them."""
+    decoder = BatchDecoder(n_bytes=64)
+    payloads = [pack([1.25, raw, None]) for raw in batches]
+    kept = [decoder.decode(payload) for payload in payloads]
+    for batch, payload in zip(kept, payloads, strict=True):
+        assert plain_batch(batch) == plain_batch(decode_batch_by_library(payload))
+
+
+def test_a_decoder_reads_a_message_beyond_what_it_keeps():
+    """A 2 MB batch is read like any other."""
+    raw = {"type": "BlockStored", "block_hashes": [1], "parent_block_hash": None}
+    payload = pack([1.0, [raw | {"token_ids": [70_000] * 400_000, "block_size": 400_000}], None])
+    (event,) = BatchDecoder().decode(payload).events
+    assert isinstance(event, BlockStored)
+    assert event.token_ids.tolist() == [70_000] * 400_000
