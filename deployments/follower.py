@@ -16,7 +16,7 @@ from kvcore.events import EventBatch
 from kvcore.feed import Feed, ModelRoot
 from kvcore.index import BlockIndex
 from kvcore.stream import Clear, Step, Stream
-from kvcore.stream_state import PodState, StreamLimits
+from kvcore.stream_state import PodState, Position, StreamLimits
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Follower:
         self.stream = Stream(has_replay=replay is not None, limits=limits)
         self._settings, self._index, self._model_root = settings, index, model_root
         self._decode = decode
-        self._is_model_open = model is None
+        self._is_model_open, self._is_model_learned = model is None, False
         self._model = model or settings.default_model
         self._replay_endpoint, self._curve = replay, curve
         self._context, self._loop, self._wake = context, loop, wake
@@ -109,13 +109,40 @@ class Follower:
     def learn_model(self, model: str | None) -> None:
         """Take the topic's model where the settings leave it open."""
         if self._is_model_open and model is not None:
-            self._is_model_open = False
+            self._is_model_open, self._is_model_learned = False, True
             self._model = self.feed(self.rank).model = model
 
     def accuse(self, reason: str) -> None:
         """Note something that only a misconfigured or hostile pod does."""
         self._accusation = reason
         self._changed()
+
+    def position(self) -> dict[str, Any]:
+        """Return where the publisher stands, for the note of a snapshot: JSON-serialisable."""
+        return {
+            "stream": self.stream.position(),
+            "model": self._model,
+            "is_model_learned": self._is_model_learned,
+            "rank": self.rank,  # as the batches say
+            "doubts": [[rank, feed.doubt] for rank, feed in self._feeds.items()],
+            "losses_forgiven": self._losses_forgiven,
+        }
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Go on from a `position`; what cannot be verified later is dropped from the index."""
+        if position["is_model_learned"]:
+            self.learn_model(position["model"])
+        is_kept = position["model"] == self._model and self.stream.resume(
+            Position(*position["stream"])
+        )
+        for rank, doubt in position["doubts"]:
+            feed = self.feed(rank)
+            if is_kept:
+                feed.doubt = doubt
+            else:
+                feed.clear()
+        if is_kept:
+            self.rank, self._losses_forgiven = position["rank"], position["losses_forgiven"]
 
     # -- messages
 

@@ -4,9 +4,12 @@ Importing this module compiles the kernels, which takes seconds: only the indexe
 does, and it does so while it starts.
 """
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,34 +18,66 @@ from deployments.publisher import Publisher
 from deployments.schemas import Mode, RankScore, ScoreAnswer, ScoreQuery
 from deployments.settings import PodEndpoint, Settings
 from deployments.subscriber import Subscriber
-from kvcore.errors import InvalidInputError, UnknownPodError
+from kvcore.errors import InvalidInputError, SnapshotError, UnknownPodError
 from kvcore.hashing import hash_blocks, namespace_root
 from kvcore.index import BlockIndex
 from kvcore.scorer import score
 from kvcore.stream_state import PodState
 
+_log = logging.getLogger("ray.serve")
 _REASONS_TOLD = 3  # in one answer; /pods tells all
 
 
 class IndexService:
     """Own one index and what feeds and reports it.
 
-    Only the event loop that starts it touches the state, so nothing is locked.
+    Only the event loop that starts it changes the state. Making one restores the snapshot, which
+    may take seconds.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
-        self._index = BlockIndex(
-            capacity_bytes=settings.index.capacity_bytes,
-            max_waiting_blocks=settings.index.max_waiting_blocks,
-        )
+        self._index, note = self._restored()
         self._root = lru_cache(maxsize=4096)(self._namespace)
+        follow = settings.subscriber
+        added = [PodEndpoint.model_validate(pod) for pod in note.get("added", ())]
+        configured = {pod.name for pod in follow.pods}
+        pods = (*follow.pods, *(pod for pod in added if pod.name not in configured))
         self._subscriber = Subscriber(
-            settings.subscriber, self._index, model_root=self._root, clock=clock
+            follow.model_copy(update={"pods": pods}),
+            self._index,
+            model_root=self._root,
+            clock=clock,
         )
+        self._subscriber.resume(note.get("positions", []))
         self._publisher = Publisher(settings.publisher)
+        self._changing = asyncio.Lock()  # held while pods change, and while the index is copied
         # A new process starts elsewhere than its predecessor, so that ingresses ask anew.
         self.pods_version = time.time_ns()
+
+    def _restored(self) -> tuple[BlockIndex, dict[str, Any]]:
+        """Return the snapshot's index and its note, or an empty index."""
+        settings, path = self._settings.index, self._settings.index.snapshot_path
+        limits = {
+            "capacity_bytes": settings.capacity_bytes,
+            "max_waiting_blocks": settings.max_waiting_blocks,
+        }
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if path is None or not Path(path).exists():
+            return BlockIndex(**limits), {}
+        try:
+            index, note = BlockIndex.restore(path, **limits)
+        except SnapshotError as error:
+            problem = str(error)
+        else:
+            if note["block_size"] == self._settings.block_size:
+                n_blocks = sum(holder.blocks for holder in index.holder_stats())
+                _log.info("indexer: restored %d blocks from %s", n_blocks, path)
+                return index, note
+            problem = f"its blocks have {note['block_size']} tokens"
+        _log.error("indexer: starts empty, the snapshot %s is of no use: %s", path, problem)
+        return BlockIndex(**limits), {}
 
     async def start(self) -> str | None:
         """Open the sockets and return where scores are published."""
@@ -50,9 +85,40 @@ class IndexService:
         await self._subscriber.start()
         return self._publisher.bound_endpoint
 
+    async def save(self) -> None:
+        """Write the snapshot; scores go on, and events wait for the few milliseconds of a copy.
+
+        Raises:
+            OSError: The file cannot be written; the older one stays.
+        """
+        path = self._settings.index.snapshot_path
+        if path is None:
+            return
+        async with self._changing:
+            self._subscriber.pause()
+            try:
+                copy = await asyncio.to_thread(self._index.snapshot, self._note())
+            finally:
+                self._subscriber.go_on()
+        await asyncio.to_thread(copy.write, path)
+
+    def _note(self) -> dict[str, Any]:
+        """Return what a successor needs beside the index: JSON-serialisable."""
+        configured = self._settings.subscriber.pods
+        added = [pod for pod in self._subscriber.pods() if pod not in configured]
+        return {
+            "block_size": self._settings.block_size,
+            "positions": self._subscriber.positions(),
+            "added": [pod.model_dump(exclude_unset=True) for pod in added],
+        }
+
     async def close(self) -> dict[str, int]:
-        """Flush and close the publisher, then the subscriber; return what was published."""
+        """Flush the publisher, save the snapshot, close all; return what was published."""
         await self._publisher.close()
+        try:
+            await self.save()
+        except OSError:
+            _log.exception("the last snapshot could not be written")
         await self._subscriber.close()
         return vars(self._publisher.counters)
 
@@ -67,28 +133,30 @@ class IndexService:
             for status in self._subscriber.statuses()
         ]
 
-    def add_pod(self, pod: PodEndpoint) -> None:
+    async def add_pod(self, pod: PodEndpoint) -> None:
         """Follow a pod from now on.
 
         Raises:
             InvalidInputError: Its endpoint is malformed, or there are too many pods.
         """
-        try:
-            self._subscriber.add_pod(pod)
-        except OSError as error:  # zmq's errors are OSErrors
-            raise InvalidInputError(f"pod {pod.name}: {error}") from error
-        self.pods_version += 1
+        async with self._changing:
+            try:
+                self._subscriber.add_pod(pod)
+            except OSError as error:  # zmq's errors are OSErrors
+                raise InvalidInputError(f"pod {pod.name}: {error}") from error
+            self.pods_version += 1
 
-    def remove_pod(self, name: str) -> int:
+    async def remove_pod(self, name: str) -> int:
         """Forget a pod and return how many blocks it held.
 
         Raises:
             UnknownPodError: There is no such pod.
         """
-        if name not in {status.pod for status in self._subscriber.statuses()}:
-            raise UnknownPodError(f"there is no pod {name}")
-        self.pods_version += 1
-        return self._subscriber.remove_pod(name)
+        async with self._changing:
+            if name not in {status.pod for status in self._subscriber.statuses()}:
+                raise UnknownPodError(f"there is no pod {name}")
+            self.pods_version += 1
+            return self._subscriber.remove_pod(name)
 
     def answer(self, query: ScoreQuery) -> ScoreAnswer:
         """Score one prompt and publish the result."""

@@ -23,7 +23,7 @@ from deployments.engines import Engines, Reply
 from deployments.json_http import JsonResponse, read_object
 from deployments.metrics import IngressMetrics
 from deployments.models import ModelStore
-from deployments.placement import call
+from deployments.placement import call, call_indexer
 from deployments.renderer import Renderer
 from deployments.request_log import RequestLog, request_id_of
 from deployments.schemas import (
@@ -36,7 +36,7 @@ from deployments.schemas import (
 )
 from deployments.settings import PodEndpoint, Settings
 from deployments.tokenizer import Tokenizer
-from kvcore.errors import InvalidFieldError, KvError
+from kvcore.errors import IndexUnavailableError, InvalidFieldError, KvError
 from kvcore.tokens import Tokens, as_tokens
 
 _CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
@@ -66,12 +66,16 @@ class Ingress:
         tokenizer = tokenizer or Tokenizer(settings.model_store, settings.tokenizer, store=store)
         self._render = call(renderer, "render")
         self._encode, self._models_known = call(tokenizer, "encode"), call(tokenizer, "models")
-        self._indexer_status = call(indexer, "status")
-        self._add_pod, self._remove_pod = call(indexer, "add_pod"), call(indexer, "remove_pod")
-        self._scorer: Coalescer[ScoreQuery, ScoreAnswer] = Coalescer(call(indexer, "score"))
+        in_time = settings.index.answer_timeout_s
+        self._indexer_status = call_indexer(indexer, "status", in_time)
+        self._add_pod = call_indexer(indexer, "add_pod", in_time)
+        self._remove_pod = call_indexer(indexer, "remove_pod", in_time)
+        self._scorer: Coalescer[ScoreQuery, ScoreAnswer] = Coalescer(
+            call_indexer(indexer, "score", in_time)
+        )
         self._engines, self._pods_version = Engines(settings.engines), -1
         self._metrics = IngressMetrics()
-        waits = [call(tokenizer, "warm"), call(renderer, "warm"), self._indexer_status]
+        waits = [call(tokenizer, "warm"), call(renderer, "warm"), call(indexer, "status")]
         if fleet is not None:
             waits.append(call(fleet, "ready"))
         # Serve constructs replicas on a running loop and has no other hook to start from.
@@ -164,7 +168,7 @@ class Ingress:
             rendered.model, rendered.text, add_special_tokens=rendered.add_special_tokens
         )
         request_id = request_id_of(request)
-        answer, mode, reason = await self._score(
+        answer, mode, reason = await self._score_or_go_on(
             ScoreQuery(
                 tokens=encoded.tokens.tobytes(),
                 model=rendered.model,
@@ -193,7 +197,7 @@ class Ingress:
             raise InvalidFieldError("kv_transfer_params", "is not accepted from a client")
         prompt, model = wanted.single_prompt(), wanted.model or self._settings.model
         tokens, fallback = await self._tokens(model, prompt, wanted.add_special_tokens)
-        answer, mode, reason = await self._score(
+        answer, mode, reason = await self._score_or_go_on(
             ScoreQuery(
                 tokens=tokens.tobytes(),
                 model=model,
@@ -216,6 +220,31 @@ class Ingress:
         mode, reason = _degradation(answer, fallback)
         self._metrics.scored(mode, answer.n_tokens)
         return answer, mode, reason
+
+    async def _score_or_go_on(
+        self, query: ScoreQuery, fallback: str | None
+    ) -> tuple[ScoreAnswer, Mode, str | None]:
+        """Score a request that an engine serves in any case; without engines it needs the index."""
+        try:
+            return await self._score(query, fallback)
+        except IndexUnavailableError as error:
+            if not self._engines:
+                raise
+            size = self._settings.block_size
+            n_tokens = len(query.tokens) // 4
+            answer = ScoreAnswer(
+                scores=[],
+                cached_tokens={},
+                mode="UNAVAILABLE",
+                reason=str(error),
+                n_tokens=n_tokens,
+                n_blocks=n_tokens // size,
+                block_size=size,
+                pods_version=self._pods_version,
+            )
+            mode, reason = _degradation(answer, fallback)
+            self._metrics.scored(mode, n_tokens)
+            return answer, mode, reason
 
     async def _tokens(
         self, model: str, prompt: str | list[int], add_special_tokens: bool
@@ -261,9 +290,11 @@ class Ingress:
             self._engines.ranking(scores),
             request_id_of(request),
         )
-        predicted = answer.cached_tokens.get(reply.pod, 0)
         headers["x-kvatlas-pod"] = reply.pod
-        headers["x-kvatlas-predicted-cached-tokens"] = str(predicted)
+        predicted: int | None = None
+        if mode != "UNAVAILABLE":
+            predicted = answer.cached_tokens.get(reply.pod, 0)
+            headers["x-kvatlas-predicted-cached-tokens"] = str(predicted)
         if reply.failed_over_from:
             headers["x-kvatlas-failed-over-from"] = _ascii("; ".join(reply.failed_over_from))
         if stream and reply.status == 200:
@@ -277,17 +308,17 @@ class Ingress:
         self._compare(reply.pod, predicted, content)
         return Response(content, reply.status, headers=headers, media_type=reply.content_type)
 
-    async def _relay(self, reply: Reply, predicted: int) -> AsyncIterator[bytes]:
+    async def _relay(self, reply: Reply, predicted: int | None) -> AsyncIterator[bytes]:
         tail = b""
         async for chunk in reply.chunks():
             tail = (tail + chunk)[-1024:]
             yield chunk
         self._compare(reply.pod, predicted, tail)
 
-    def _compare(self, pod: str, predicted: int, content: bytes) -> None:
-        """Record what we predicted beside what the engine reports, where it reports."""
+    def _compare(self, pod: str, predicted: int | None, content: bytes) -> None:
+        """Record what we predicted beside what the engine reports, where both are known."""
         found = _CACHED_TOKENS.findall(content[-1024:])
-        if found:
+        if found and predicted is not None:
             self._metrics.compared(pod, predicted, int(found[-1]))
 
     # --- looking in -----------------------------------------------------------------
@@ -388,7 +419,8 @@ def _degradation(answer: ScoreAnswer, fallback: str | None) -> tuple[Mode, str |
     """Merge what the index and the model say into the worse mode and all reasons."""
     if fallback is None:
         return answer.mode, answer.reason
-    return "FALLBACK", fallback if answer.reason is None else f"{fallback}; {answer.reason}"
+    mode = "UNAVAILABLE" if answer.mode == "UNAVAILABLE" else "FALLBACK"
+    return mode, fallback if answer.reason is None else f"{fallback}; {answer.reason}"
 
 
 def _score_headers(

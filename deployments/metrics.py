@@ -9,6 +9,53 @@ from deployments.schemas import Mode
 _LATENCY_MS = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 30000]
 
 
+_STATES = ("EXACT", "PARTIAL", "SILENT")
+
+
+class PodMetrics:
+    """What the indexer knows of every pod, as ``GET /pods`` tells it."""
+
+    def __init__(self) -> None:
+        tags: Any = ("pod", "rank")  # Ray types a tuple of one
+        more: Any = (*tags, "state")
+        self._state = metrics.Gauge(
+            "kvatlas_pod_state", "1 for the state that the pod is in.", more
+        )
+        self._blocks = metrics.Gauge("kvatlas_pod_blocks", "KV blocks that the pod holds.", tags)
+        self._lag = metrics.Gauge(
+            "kvatlas_pod_lag_s", "From the engine's clock to our index, of the last batch.", tags
+        )
+        more = (*tags, "what")
+        self._events = metrics.Counter(
+            "kvatlas_pod_events", "What became of the pod's batches and events.", more
+        )
+        self._told: dict[tuple[str, str], dict[str, int]] = {}  # counters, by pod and rank
+
+    def report(self, pods: list[dict[str, Any]]) -> None:
+        """Tell the pods' present states; `PodStatus` says what each one is."""
+        gone = set(self._told)
+        for status in pods:
+            tags = {"pod": status["pod"], "rank": str(status["rank"])}
+            key = tags["pod"], tags["rank"]
+            gone.discard(key)
+            for state in _STATES:
+                self._state.set(float(status["state"] == state), {**tags, "state": state})
+            self._blocks.set(status["blocks"], tags)
+            if status["lag_s"] is not None:
+                self._lag.set(status["lag_s"], tags)
+            told = self._told.setdefault(key, {})
+            for what, count in status["counters"].items():
+                if count > told.get(what, 0):
+                    self._events.inc(count - told.get(what, 0), {**tags, "what": what})
+                told[what] = count
+        for pod, rank in gone:  # Ray goes on reporting what was set last
+            tags = {"pod": pod, "rank": rank}
+            for state in _STATES:
+                self._state.set(0.0, {**tags, "state": state})
+            self._blocks.set(0, tags)
+            del self._told[pod, rank]
+
+
 class IngressMetrics:
     """Counters of one ingress replica."""
 

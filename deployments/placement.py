@@ -1,7 +1,13 @@
 """Call a plain object or a Serve handle by the same words."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+
+from kvcore.errors import IndexUnavailableError
 
 
 def call(target: Any, method: str) -> Callable[..., Awaitable[Any]]:
@@ -12,3 +18,21 @@ def call(target: Any, method: str) -> Callable[..., Awaitable[Any]]:
     """
     bound = getattr(target, method)
     return getattr(bound, "remote", bound)
+
+
+def call_indexer(indexer: Any, method: str, timeout_s: float) -> Callable[..., Awaitable[Any]]:
+    """Return a method of the indexer that answers in time, or raises IndexUnavailableError.
+
+    There is one indexer: while it is replaced, calls to it would wait for half a minute.
+    """
+    ask = call(indexer, method)
+
+    async def ask_in_time(*arguments: Any) -> Any:
+        try:
+            return await asyncio.wait_for(ask(*arguments), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise IndexUnavailableError(f"the index did not answer in {timeout_s:g} s") from error
+        except (RayActorError, RayServeException) as error:
+            raise IndexUnavailableError("the indexer is gone; another one starts") from error
+
+    return ask_in_time

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcore.errors import InvalidFieldError
 
-Mode = Literal["EXACT", "PARTIAL", "FALLBACK"]
+Mode = Literal["EXACT", "PARTIAL", "FALLBACK", "UNAVAILABLE"]
 
 Body = TypeVar("Body", bound=BaseModel)
 

@@ -130,6 +130,9 @@ class IndexSettings(Section):
 
     capacity_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
     max_waiting_blocks: Annotated[int, Field(ge=0)] = 65_536  # whose parent is not known yet
+    answer_timeout_s: Positive = 2.0  # then chats are routed without scores, and scores are a 503
+    snapshot_path: str | None = None  # a file to go on from after a restart; None keeps none
+    snapshot_interval_s: Positive = 60.0
     tier_weights: dict[str, Annotated[float, Field(ge=0, le=1)]] = {
         "gpu": 1.0, "cpu": 0.8, "cpu_pinned": 0.8, "disk": 0.5, "fs": 0.5, "storage": 0.4,
     }  # fmt: skip

@@ -24,7 +24,7 @@ from kvcore.errors import EventDecodeError, InvalidInputError
 from kvcore.events import BatchDecoder, EventBatch
 from kvcore.feed import ModelRoot
 from kvcore.index import BlockIndex
-from kvcore.stream_state import PodState, Position
+from kvcore.stream_state import PodState
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +72,27 @@ class Subscriber:
         self._bound: Inlet | None = None
         self._door: zmq.Socket | None = None
         self._ready: dict[Any, None] = {}  # inlets and followers with something to read, in turn
-        self._positions: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._positions: dict[tuple[str, int], dict[str, Any]] = {}
         self._states: dict[tuple[str, int], tuple[PodState, str | None]] | None = None
-        self._is_scheduled = self._is_closed = False
+        self._is_scheduled = self._is_paused = self._is_closed = False
         self._context: zmq.Context | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # -- life
 
-    def resume(self, positions: list[dict[str, Any]]) -> None:
-        """Go on from `positions` that were saved together with the index; before `start`."""
-        for entry in positions:
-            self._positions[entry["pod"], entry["rank"]] = entry
+    def resume(self, positions: list[Any]) -> None:
+        """Go on from the `positions` of the snapshot that the index comes from; before `start`."""
+        self._positions = {(pod, rank): position for pod, rank, position in positions}
+
+    def pause(self) -> None:
+        """Leave the index as it is: what arrives waits in its sockets until `go_on`."""
+        self._is_paused = True
+
+    def go_on(self) -> None:
+        """End a `pause`."""
+        self._is_paused = False
+        self._schedule()
 
     async def start(self) -> None:
         """Open the sockets of all configured pods and begin to follow them.
@@ -104,13 +112,12 @@ class Subscriber:
         except BaseException:
             await self.close()
             raise
-        for name in {pod for pod, _ in self._positions} - set(self._pods):
-            if self._bound is None:
-                self._index.drop_pod(name)  # no longer configured
-                continue
-            for pod, rank in list(self._positions):
-                if pod == name:
-                    self._follow(pod, rank, None)
+        for (name, _), position in self._positions.items():  # no longer configured
+            for rank, _ in position["doubts"]:
+                self._index.clear_pod(name, rank)
+            if name not in self._pods:
+                self._index.drop_pod(name)
+        self._positions.clear()
         # Serve cancels what a request's context started; this outlives every request.
         contextvars.Context().run(self._on_timer)
 
@@ -209,15 +216,9 @@ class Subscriber:
             now=self._clock(),
             wall_clock=self._wall_clock,
         )
-        entry = self._positions.pop((name, rank), None)
-        if entry is not None:
-            first, last = entry["first"], entry["last"]
-            position = Position(entry["next_seq"], entry["newest_ts"], first, last, entry["lost"])
-            follower.stream.resume(position)
-            follower.rank = entry["engine_rank"]
-            follower.feed(follower.rank).doubt = entry["doubt"]
-        else:
-            self._index.clear_pod(name, rank)  # blocks of a snapshot that nothing vouches for
+        position = self._positions.pop((name, rank), None)
+        if position is not None:
+            follower.resume(position)
         self._followers[name, rank] = follower
         self._states = None
         return follower
@@ -253,13 +254,20 @@ class Subscriber:
 
     def _wake(self, source: "Inlet | Follower") -> None:
         self._ready[source] = None
-        if not self._is_scheduled and self._loop is not None and not self._is_closed:
-            self._is_scheduled = True
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._is_scheduled or self._is_paused or self._is_closed or self._loop is None:
+            return
+        self._is_scheduled = bool(self._ready)
+        if self._ready:
             contextvars.Context().run(self._loop.call_soon, self._work)
 
     def _work(self) -> None:
         """Read in turn until all is read or the slice is over; other tasks run in between."""
         self._is_scheduled = False
+        if self._is_paused:
+            return
         end = time.perf_counter() + self._settings.slice_ms / 1000
         while self._ready and not self._is_closed:
             source = next(iter(self._ready))
@@ -272,11 +280,10 @@ class Subscriber:
                 log.exception("an event message could not be handled")
                 has_more = not isinstance(exc, zmq.ZMQError)
             if has_more and not self._is_closed:
-                self._wake(source)
+                self._ready[source] = None
             if time.perf_counter() >= end:
                 break
-        if self._ready and not self._is_closed:
-            self._wake(next(iter(self._ready)))
+        self._schedule()
 
     def _read(self, source: "Inlet | Follower", end: float) -> bool:
         """Read some messages of one socket; tell whether there may be more."""
@@ -353,7 +360,7 @@ class Subscriber:
             return
         try:
             self._states = None
-            for follower in list(self._followers.values()):
+            for follower in [] if self._is_paused else list(self._followers.values()):
                 self._tick(follower)
         finally:
             self._timer = self._loop.call_later(_TIMER_S, self._on_timer)
@@ -407,18 +414,11 @@ class Subscriber:
             for (pod, _), follower in self._followers.items()
         ]
 
-    def positions(self) -> list[dict[str, Any]]:
-        """Return where every publisher stands, JSON-serialisable.
+    def positions(self) -> list[Any]:
+        """Return where every publisher stands, JSON-serialisable, for a snapshot of the index.
 
-        Save it together with the index, without an await between the two.
+        Both must be of one moment: take them without an await between, or within a `pause`.
         """
         return [
-            {
-                "pod": pod,
-                "rank": rank,
-                **follower.stream.position()._asdict(),
-                "engine_rank": follower.rank,  # as the batches say
-                "doubt": follower.feed(follower.rank).doubt,
-            }
-            for (pod, rank), follower in self._followers.items()
+            [pod, rank, follower.position()] for (pod, rank), follower in self._followers.items()
         ]

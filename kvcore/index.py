@@ -24,7 +24,7 @@ row each, shared by the pods that agree on them (26 bytes), or not (39).
 import heapq
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ from kvcore.hashing import (
 )
 from kvcore.holders import Holder, Holders, HolderStats, Scope
 from kvcore.index_memory import Memory
+from kvcore.index_snapshot import Snapshot
 from kvcore.kernels import events, lookup
 from kvcore.kernels import memory as m
 from kvcore.waiting import WaitingArea, WaitingRun
@@ -378,9 +379,9 @@ class BlockIndex:
         """
         index_check.check(self)
 
-    def snapshot(self, path: str | PathLike) -> None:
-        """Write everything to a file, which takes the place of an older one at once."""
-        index_snapshot.write(self, path)
+    def snapshot(self, note: Any = None) -> Snapshot:
+        """Copy everything, with a note of the caller's, to be written to a file."""
+        return Snapshot(self, note)
 
     @classmethod
     def restore(
@@ -389,8 +390,8 @@ class BlockIndex:
         *,
         capacity_bytes: int = 1 << 30,
         max_waiting_blocks: int = 65_536,
-    ) -> "BlockIndex":
-        """Read a snapshot back; the index continues as if it had never stopped.
+    ) -> "tuple[BlockIndex, Any]":
+        """Read a snapshot and its note; the index continues as if it had never stopped.
 
         Raises:
             SnapshotError: The file is foreign, damaged or of another version.

@@ -29,31 +29,46 @@ _MAGIC = b"kvatlas index 1\n"
 _HEAD_AT = len(_MAGIC) + 8
 
 
-def write(index: BlockIndex, path: str | PathLike) -> None:
-    """Write an index; the file appears under its name when it is whole."""
-    arrays = {-1: index.memory.header, **_used(index)}
-    listed = [[word, a.dtype.str, a.size] for word, a in arrays.items()]
-    head = json.dumps({"arrays": listed, **_state(index)}).encode()
-    parts = [len(head).to_bytes(4, "little") + head]
-    parts += [np.ascontiguousarray(a).tobytes() for a in arrays.values()]
-    checksum = 0
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
-    beside = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.writelines([_MAGIC, checksum.to_bytes(4, "little"), *parts])
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+class Snapshot:
+    """A copy of an index at one moment, and a JSON-serialisable note that belongs to it."""
+
+    def __init__(self, index: BlockIndex, note: Any = None) -> None:
+        """Copy the index; it may be read meanwhile, from other threads too, but not changed."""
+        self._arrays = {-1: index.memory.header, **_used(index)}
+        self._arrays = {word: array.copy() for word, array in self._arrays.items()}
+        self._state = {"note": note, **_state(index)}
+
+    def write(self, path: str | PathLike) -> None:
+        """Write a file that takes the place of an older one when it is whole.
+
+        Raises:
+            OSError: It cannot be written; the older one stays.
+        """
+        listed = [[word, a.dtype.str, a.size] for word, a in self._arrays.items()]
+        head = json.dumps({"arrays": listed, **self._state}).encode()
+        parts = [len(head).to_bytes(4, "little") + head]
+        parts += [memoryview(array).cast("B") for array in self._arrays.values() if array.size]
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        path = Path(path)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with beside.open("wb") as file:
+                file.writelines([_MAGIC, checksum.to_bytes(4, "little"), *parts])
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
 
 def read(
     kind: type[BlockIndex], path: str | PathLike, *, capacity_bytes: int, max_waiting_blocks: int
-) -> BlockIndex:
-    """Read an index back; `BlockIndex.restore` says what it raises."""
+) -> tuple[BlockIndex, Any]:
+    """Read an index and its note back; `BlockIndex.restore` says what it raises."""
     try:
         data = Path(path).read_bytes()
     except OSError as exc:
@@ -71,7 +86,7 @@ def read(
         raise SnapshotError("the snapshot is not one that an index wrote") from exc
 
 
-def _rebuild(kind: type[BlockIndex], data: bytes, limits: dict[str, int]) -> BlockIndex:
+def _rebuild(kind: type[BlockIndex], data: bytes, limits: dict[str, int]) -> tuple[BlockIndex, Any]:
     size = int.from_bytes(data[_HEAD_AT - 4 : _HEAD_AT], "little")
     head, at = json.loads(data[_HEAD_AT : _HEAD_AT + size]), _HEAD_AT + size
     arrays: dict[int, NDArray] = {}
@@ -81,7 +96,7 @@ def _rebuild(kind: type[BlockIndex], data: bytes, limits: dict[str, int]) -> Blo
     index = kind(**limits, seed=head["seed"])
     _restore_arrays(index, arrays)
     _restore_state(index, head)
-    return index
+    return index, head["note"]
 
 
 def _used(index: BlockIndex) -> dict[int, NDArray]:

@@ -92,16 +92,20 @@ class Stream:
         newest_ts = self.newest_ts if self.next_seq > 0 else None  # JSON has no infinity
         return Position(self.next_seq, newest_ts, self._first, self._last_mark(), self.lost)
 
-    def resume(self, position: Position) -> None:
-        """Go on from a snapshot's position; the publisher must prove to be the same."""
-        if position.last is None or position.newest_ts is None:
-            return  # nothing was applied that a replay could vouch for
+    def resume(self, position: Position) -> bool:
+        """Go on from a snapshot's position, once the publisher has proved to be the same.
+
+        False: nothing could ever prove it, so its blocks of the snapshot are not to be believed.
+        """
+        if not self.has_replay or position.last is None or position.newest_ts is None:
+            return False
         self.next_seq, self.newest_ts = position.next_seq, position.newest_ts
         self._first = Mark(*position.first) if position.first else None
         self._last = Mark(*position.last)
         self.lost = position.lost
         self._seen_seq = self.next_seq - 1
         self._is_joined = self._is_suspect = True
+        return True
 
     # -- what arrives
 
@@ -124,7 +128,10 @@ class Stream:
         if self._is_full(payload) and not self.has_replay:
             steps = self._give_up(now)  # waiting longer would only lose more
         self._hold(seq, payload, batch)
-        return steps + (self._doubt(now) if self._is_suspect else self._drain())
+        if self._is_suspect:  # it waits until the publisher has proved itself
+            self._next_ask_at = min(self._next_ask_at, now)
+            return steps
+        return steps + self._drain()
 
     def receive_replayed(
         self, seq: int, payload: bytes, batch: EventBatch | None, now: float
@@ -423,11 +430,3 @@ class Stream:
     def _lose(self, reason: str) -> list[Step]:
         self.lost = reason
         return [Clear(reason)]
-
-    def _doubt(self, now: float) -> list[Step]:
-        """Hold live batches until the publisher has proved itself, if it can."""
-        self._next_ask_at = min(self._next_ask_at, now)
-        if not self.has_replay:
-            self._is_suspect = False
-            return self._drain()
-        return []

@@ -29,7 +29,7 @@ def _free_ports(n: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def _configuration() -> dict:
+def _configuration(scratch: Path) -> dict:
     """Two applications over one fleet: everything inline at ``/``, apart at ``/apart``."""
     first = _free_ports(3 * _N_PODS + 4)
     http, events, replay, own = (first + i * _N_PODS for i in range(4))
@@ -50,6 +50,7 @@ def _configuration() -> dict:
         "replay_endpoint": f"tcp://127.0.0.1:{own + 1}",
     }
     main = {"block_size": 4, "models": {"use_hub": False}}
+    index = {"snapshot_path": str(scratch / "kept" / "index"), "snapshot_interval_s": 1}
     apart = {"renderer": {"placement": "deployment"}, "tokenizer": {"placement": "deployment"}}
     build = "deployments.app:build"
     return {
@@ -59,7 +60,7 @@ def _configuration() -> dict:
         "applications": [
             {
                 "name": "kvatlas", "route_prefix": "/", "import_path": build,
-                "args": {**main, "publisher": publisher, "fleet": fleet},
+                "args": {**main, "publisher": publisher, "fleet": fleet, "index": index},
             },
             {
                 "name": "apart", "route_prefix": "/apart", "import_path": build,
@@ -74,7 +75,7 @@ def service():
     """The running service; its Ray logs are printed where it does not start."""
     scratch = Path(tempfile.mkdtemp(prefix="kva-"))  # short: Ray's sockets live below it
     config = scratch / "test.yaml"
-    config.write_text(yaml.safe_dump(_configuration()))
+    config.write_text(yaml.safe_dump(_configuration(scratch)))
     try:
         with running(config, say=print, ray_dir=scratch / "ray") as started:
             yield started

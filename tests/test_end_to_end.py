@@ -1,8 +1,10 @@
 """The whole pipeline over HTTP, with engines that page, evict and publish for real."""
 
 import asyncio
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -280,3 +282,58 @@ def test_pods_come_and_go_while_it_runs(service):
     _catch_up(service, apart)
     again = {pod["pod"]: pod for pod in ask(f"{apart}/pods").body["pods"]}["pod-1"]
     assert again["blocks"] == len(ask(f"{entry.url}/blocks").body["copies"])
+
+
+def _indexer_pid(service):
+    url = f"http://127.0.0.1:{service.dashboard_port}/api/serve/applications/"
+    replicas = ask(url).body["applications"]["kvatlas"]["deployments"]["Indexer"]["replicas"]
+    return next((r["pid"] for r in replicas if r["state"] == "RUNNING"), None)
+
+
+def test_an_indexer_that_is_killed_goes_on_from_its_snapshot(service):
+    """After kill -9, the recovered scores are those of the other indexer, which never died.
+
+    Meanwhile chats are served without scores, a score is a 503, and both say why.
+    """
+    chats = [
+        [{"role": "user", "content": f"Chat {n} is about what survives, and what {n} does not."}]
+        for n in range(12)
+    ]
+    for chat in chats[:6]:
+        _say(service, chat)
+    _catch_up(service)
+    kept = Path(service.settings.index.snapshot_path)
+    before = kept.stat().st_mtime
+    wait_until(lambda: kept.stat().st_mtime > before, "no snapshot was written")
+    pid = _indexer_pid(service)
+    os.kill(pid, signal.SIGKILL)
+    for chat in chats[6:]:  # engines go on: these events are missed
+        answer = _say(service, chat)
+        assert answer.headers["x-kvatlas-mode"] == "UNAVAILABLE"
+        assert "index" in answer.headers["x-kvatlas-reason"]
+    refused = ask(f"{service.url}/score_completions", {"prompt": "too early"})
+    assert (refused.status, set(refused.body["error"])) == (503, _ERROR_KEYS)
+
+    def states():
+        answer = ask(f"{service.url}/pods")
+        return answer.status == 200 and {pod["state"] for pod in answer.body["pods"]}
+
+    wait_until(lambda: states() == {"EXACT"}, "the index did not recover", 120)
+    assert _indexer_pid(service) not in {None, pid}
+    apart = f"{service.url}/apart"
+    _catch_up(service)
+    _catch_up(service, apart)
+    applied = {pod["pod"]: pod["counters"]["applied"] for pod in _pods(service)}
+    assert all(count < pod["last_seq"] for pod in _pods(service) if (count := applied[pod["pod"]]))
+    scored = 0
+    for chat in chats:
+        prompt = ask(f"{service.url}/render", {"messages": chat}).body["prompt"]
+        body = {"prompt": prompt, "add_special_tokens": False}
+        ours, theirs = (ask(f"{url}/score_completions", body).body for url in (service.url, apart))
+        assert ours["pod_scores"] == theirs["pod_scores"]
+        assert ours["cached_tokens"] == theirs["cached_tokens"]
+        scored += bool(ours["pod_scores"])
+    assert scored == len(chats), "every chat was served, so every prompt is held somewhere"
+    assert [pod["blocks"] for pod in _pods(service)] == [
+        pod["blocks"] for pod in ask(f"{apart}/pods").body["pods"]
+    ]

@@ -362,7 +362,7 @@ def test_an_encrypted_pod_is_followed(context, tmp_path, monkeypatch):
 
 
 CHILD = """
-import asyncio, json, pathlib, sys
+import asyncio, pathlib, sys
 from tests.deployments.test_subscriber import make, pod
 
 async def main(folder):
@@ -370,10 +370,7 @@ async def main(folder):
     await subscriber.start()
     while True:
         await asyncio.sleep(0.05)
-        subscriber._index.snapshot(folder / "new.index")
-        (folder / "new.json").write_text(json.dumps(subscriber.positions()))
-        (folder / "new.index").rename(folder / "index")
-        (folder / "new.json").rename(folder / "positions.json")
+        subscriber._index.snapshot(subscriber.positions()).write(folder / "index")
         print([s.last_seq for s in subscriber.statuses()], flush=True)
 
 asyncio.run(main(pathlib.Path(sys.argv[1])))
@@ -410,11 +407,11 @@ def test_a_killed_process_goes_on_from_its_snapshot(context, tmp_path):
             for _ in range(50):
                 engines[name].keep(b"", *caches[name].step())
 
-        index = BlockIndex.restore(tmp_path / "index")
+        index, positions = BlockIndex.restore(tmp_path / "index")
         pods = tuple(pod(tmp_path, name) for name in names)
         settings = EventsSettings.model_validate({**QUICK, "pods": pods})
         subscriber = Subscriber(settings, index, model_root=root)
-        subscriber.resume(json.loads((tmp_path / "positions.json").read_text()))
+        subscriber.resume(positions)
         await subscriber.start()
         assert PodState.EXACT not in {state for state, _ in subscriber.states().values()}
         await until(lambda: [s.last_seq for s in subscriber.statuses()] == [149, 49])
@@ -441,10 +438,9 @@ def test_a_snapshots_pods_that_are_no_longer_configured_are_dropped(tmp_path):
         index.store(holder, [1, 2], None, tokens, block_size=4, root=root("m", None, None))
         settings = EventsSettings.model_validate(QUICK)
         subscriber = Subscriber(settings, index, model_root=root)
-        entry = {"pod": "gone", "rank": 0, "next_seq": 1, "newest_ts": 1.0, "first": [1, 1]}
-        subscriber.resume(
-            [{**entry, "last": [1, 1], "lost": None, "doubt": None, "engine_rank": 0}]
-        )
+        gone = {"stream": [1, 1.0, [1, 1], [1, 1], None], "model": "m", "is_model_learned": False}
+        gone |= {"rank": 0, "doubts": [[0, None]], "losses_forgiven": 0}
+        subscriber.resume([["gone", 0, gone]])
         await subscriber.start()
         assert depths(index, "gone", prompts) == [0]
         await subscriber.close()

@@ -144,13 +144,14 @@ def saved(index, tmp_path):
     store(index, index.holder("a"), [1, 2, 3], prompt(3))
     store(index, index.holder("b"), [b"x", b"y"], prompt(2))
     store(index, index.holder("b"), [b"z"], prompt(1), parent=b"unknown")
-    index.snapshot(tmp_path / "index")
+    index.snapshot({"a": 1}).write(tmp_path / "index")
     return tmp_path / "index"
 
 
 def test_a_restored_index_goes_on(saved):
-    """Names, waiting blocks and windows included."""
-    index = BlockIndex.restore(saved)
+    """Names, waiting blocks and windows included, and what the caller noted."""
+    index, note = BlockIndex.restore(saved)
+    assert note == {"a": 1}
     index.check()
     assert index.remove(index.holder("a"), [3]) == 0
     assert store(index, index.holder("b"), [b"unknown"], prompt(1)).joined == 1
@@ -160,8 +161,8 @@ def test_a_restored_index_goes_on(saved):
 def test_a_snapshot_may_be_bigger_than_the_new_budget(index, tmp_path):
     """A smaller budget evicts, it does not refuse."""
     store(index, index.holder("a"), list(range(10_000)), prompt(10_000))
-    index.snapshot(tmp_path / "index")
-    small = BlockIndex.restore(tmp_path / "index", capacity_bytes=1 << 16)
+    index.snapshot({"a": 1}).write(tmp_path / "index")
+    small, _ = BlockIndex.restore(tmp_path / "index", capacity_bytes=1 << 16)
     assert hits(small, prompt(10_000)) == {"a": 10_000}
     for n in range(40):
         store(small, small.holder("a"), [20_000 + n], prompt(1, seed=n + 1))

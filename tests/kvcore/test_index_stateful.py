@@ -137,8 +137,8 @@ class IndexMachine(RuleBasedStateMachine):
         """Restoring equals never having stopped."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
-            self.index.snapshot(path)
-            self.index = BlockIndex.restore(
+            self.index.snapshot().write(path)
+            self.index, _ = BlockIndex.restore(
                 path, capacity_bytes=1 << 20, max_waiting_blocks=MAX_WAITING
             )
 

@@ -237,7 +237,7 @@ def test_a_snapshot_goes_on_where_it_stood(joined):
     """After a restart of ours, only what happened meanwhile is replayed."""
     saved = Position(*json.loads(json.dumps(joined.position())))
     again = Stream(has_replay=True, limits=LIMITS)
-    again.resume(saved)
+    assert again.resume(saved)
     assert again.problem is not None
     start, steps = replay(again, [message(n) for n in range(5)])
     assert (start, applied(steps), again.problem) == (2, [4.0, 5.0], None)
@@ -247,9 +247,16 @@ def test_a_snapshot_of_a_stream_that_has_heard_nothing_is_plain_json():
     """It is stored by libraries that know no infinity, and read as if there were none."""
     text = json.dumps(Stream(has_replay=True).position(), allow_nan=False)
     again = Stream(has_replay=True, limits=LIMITS)
-    again.resume(Position(*json.loads(text)))
+    assert not again.resume(Position(*json.loads(text)))
     start, steps = replay(again, [message(0)])
     assert (start, applied(steps), again.problem) == (0, [1.0], None)
+
+
+def test_a_snapshot_of_a_publisher_that_can_prove_nothing_is_not_believed(joined):
+    """Without a replay, a restarted engine that has come as far again would look the same."""
+    again = Stream(has_replay=False, limits=LIMITS)
+    assert not again.resume(joined.position())
+    assert again.last_seq is None
 
 
 def test_a_snapshot_of_an_engine_that_restarted_meanwhile_is_dropped(joined):
