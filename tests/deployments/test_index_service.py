@@ -161,6 +161,7 @@ def test_events_and_scores_go_on_while_snapshots_are_written(context, tmp_path, 
 
     async def main() -> None:
         engine, cache = RecordedEngine(context, pod["events"][: -len(".events")]), MadeCache(3)
+        kept = b""
         async with serving(tmp_path, [pod]) as service:
             for n in range(1, 21):
                 sending = asyncio.create_task(publish(engine, cache, 20))
