@@ -3,29 +3,28 @@
 import asyncio
 import contextvars
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments import http_errors, own_answer
+from deployments import http_errors
 from deployments.coalescer import Coalescer
-from deployments.engines import Engines, Reply
+from deployments.engines import Engines
 from deployments.json_http import JsonResponse, read_object
 from deployments.metrics import IngressMetrics
 from deployments.models import ModelStore
 from deployments.placement import call, call_indexer
 from deployments.renderer import Renderer
 from deployments.request_log import RequestLog, request_id_of
+from deployments.routing import Router
 from deployments.schemas import (
     CompletionRequest,
     Mode,
@@ -38,9 +37,6 @@ from deployments.settings import PodEndpoint, Settings
 from deployments.tokenizer import Tokenizer
 from kvcore.errors import IndexUnavailableError, InvalidFieldError, KvError
 from kvcore.tokens import Tokens, as_tokens
-
-_CACHED_TOKENS = re.compile(rb'"cached_tokens":\s*(\d+)')
-_MAX_SCORES_IN_HEADER = 16
 
 _log = logging.getLogger("ray.serve")
 
@@ -62,7 +58,10 @@ class Ingress:
     ) -> None:
         self._settings = settings
         store = ModelStore(settings.model_store)  # loads on first use, so unused it costs nothing
-        renderer = renderer or Renderer(settings.model_store, settings.renderer, store=store)
+        inline = (
+            None if renderer else Renderer(settings.model_store, settings.renderer, store=store)
+        )
+        self._inline_renderer, renderer = inline, inline or renderer
         tokenizer = tokenizer or Tokenizer(settings.model_store, settings.tokenizer, store=store)
         self._render = call(renderer, "render")
         self._encode, self._models_known = call(tokenizer, "encode"), call(tokenizer, "models")
@@ -73,8 +72,9 @@ class Ingress:
         self._scorer: Coalescer[ScoreQuery, ScoreAnswer] = Coalescer(
             call_indexer(indexer, "score", in_time)
         )
-        self._engines, self._pods_version = Engines(settings.engines), -1
         self._metrics = IngressMetrics()
+        self._engines = Engines(settings.engines)
+        self._router = Router(self._engines, self._metrics, self._indexer_status)
         waits = [call(tokenizer, "warm"), call(renderer, "warm"), call(indexer, "status")]
         if fleet is not None:
             waits.append(call(fleet, "ready"))
@@ -119,6 +119,8 @@ class Ingress:
     async def close(self) -> None:
         """Drop the connections to the engines."""
         self._started.cancel()
+        if self._inline_renderer is not None:
+            self._inline_renderer.close()
         await self._engines.close()
         _log.info("ingress: connections to engines closed")
 
@@ -186,8 +188,13 @@ class Ingress:
             rendered.fallback_reason or encoded.fallback_reason,
         )
         body["model"] = rendered.model
-        return await self._route(
-            "/v1/chat/completions", request, body=body, answer=answer, mode=mode, reason=reason
+        return await self._router.route(
+            "/v1/chat/completions",
+            request_id=request_id,
+            body=body,
+            answer=answer,
+            mode=mode,
+            reason=reason,
         )
 
     async def _completions(self, request: Request) -> Response:
@@ -208,8 +215,13 @@ class Ingress:
             fallback,
         )
         body["model"] = model
-        return await self._route(
-            "/v1/completions", request, body=body, answer=answer, mode=mode, reason=reason
+        return await self._router.route(
+            "/v1/completions",
+            request_id=request_id_of(request),
+            body=body,
+            answer=answer,
+            mode=mode,
+            reason=reason,
         )
 
     async def _score(
@@ -240,7 +252,7 @@ class Ingress:
                 n_tokens=n_tokens,
                 n_blocks=n_tokens // size,
                 block_size=size,
-                pods_version=self._pods_version,
+                pods_version=self._router.pods_version,
             )
             mode, reason = _degradation(answer, fallback)
             self._metrics.scored(mode, n_tokens)
@@ -253,73 +265,6 @@ class Ingress:
             return as_tokens(prompt), None
         encoded = await self._encode(model, prompt, add_special_tokens=add_special_tokens)
         return encoded.tokens, encoded.fallback_reason
-
-    # --- routing --------------------------------------------------------------------
-
-    async def _route(
-        self,
-        path: str,
-        request: Request,
-        *,
-        body: dict[str, Any],
-        answer: ScoreAnswer,
-        mode: Mode,
-        reason: str | None,
-    ) -> Response:
-        """Send a request to the pod with the best score and relay what it answers."""
-        if answer.pods_version != self._pods_version:
-            status = await self._indexer_status()
-            self._engines.update({pod.name: pod.url for pod in status.endpoints if pod.url})
-            self._pods_version = status.pods_version
-        scores = answer.pod_scores()
-        headers = _score_headers(scores, mode, reason)
-        is_chat = path == "/v1/chat/completions"
-        stream = bool(body.get("stream"))
-        if not self._engines:
-            text = own_answer.answer_text(answer, scores, mode, reason)
-            made = own_answer.answer_body(
-                text, body["model"], request_id_of(request), answer, is_chat
-            )
-            if not stream:
-                return JsonResponse(made, headers=headers)
-            events = own_answer.answer_events(made, body)
-            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
-        reply = await self._engines.forward(
-            path,
-            orjson.dumps(body),
-            self._engines.ranking(scores),
-            request_id_of(request),
-        )
-        headers["x-kvatlas-pod"] = reply.pod
-        predicted: int | None = None
-        if mode != "UNAVAILABLE":
-            predicted = answer.cached_tokens.get(reply.pod, 0)
-            headers["x-kvatlas-predicted-cached-tokens"] = str(predicted)
-        if reply.failed_over_from:
-            headers["x-kvatlas-failed-over-from"] = _ascii("; ".join(reply.failed_over_from))
-        if stream and reply.status == 200:
-            return StreamingResponse(
-                self._relay(reply, predicted),
-                status_code=reply.status,
-                headers=headers,
-                media_type=reply.content_type,
-            )
-        content = await reply.read()
-        self._compare(reply.pod, predicted, content)
-        return Response(content, reply.status, headers=headers, media_type=reply.content_type)
-
-    async def _relay(self, reply: Reply, predicted: int | None) -> AsyncIterator[bytes]:
-        tail = b""
-        async for chunk in reply.chunks():
-            tail = (tail + chunk)[-1024:]
-            yield chunk
-        self._compare(reply.pod, predicted, tail)
-
-    def _compare(self, pod: str, predicted: int | None, content: bytes) -> None:
-        """Record what we predicted beside what the engine reports, where both are known."""
-        found = _CACHED_TOKENS.findall(content[-1024:])
-        if found and predicted is not None:
-            self._metrics.compared(pod, predicted, int(found[-1]))
 
     # --- looking in -----------------------------------------------------------------
 
@@ -421,18 +366,3 @@ def _degradation(answer: ScoreAnswer, fallback: str | None) -> tuple[Mode, str |
         return answer.mode, answer.reason
     mode = "UNAVAILABLE" if answer.mode == "UNAVAILABLE" else "FALLBACK"
     return mode, fallback if answer.reason is None else f"{fallback}; {answer.reason}"
-
-
-def _score_headers(
-    scores: dict[str, int | float], mode: Mode, reason: str | None
-) -> dict[str, str]:
-    top = dict(sorted(scores.items(), key=lambda item: -item[1])[:_MAX_SCORES_IN_HEADER])
-    headers = {"x-kvatlas-mode": mode, "x-kvatlas-scores": _ascii(orjson.dumps(top).decode())}
-    if reason is not None:
-        headers["x-kvatlas-reason"] = _ascii(reason)
-    return headers
-
-
-def _ascii(text: str) -> str:
-    """Make a text safe for a header, on one line."""
-    return " ".join(text.split()).encode("ascii", "backslashreplace").decode()[:1024]

@@ -15,10 +15,10 @@ _CHAT = {"messages": [{"role": "user", "content": "Who will answer, with no engi
 
 
 @contextlib.asynccontextmanager
-async def _serving(args):
+async def _serving(args, *, kind=Indexer):
     """Serve one ingress and its indexer on a free port; yields a client session."""
     settings = Settings.model_validate({"block_size": 4, "models": {"use_hub": False}, **args})
-    indexer = Indexer(settings)
+    indexer = kind(settings)
     ingress = Ingress(settings, indexer)
     config = uvicorn.Config(
         ingress.app(), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off"
@@ -30,6 +30,7 @@ async def _serving(args):
     port = listener.getsockname()[1]
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+            await indexer._starting  # the kernels are compiled meanwhile
             yield client
     finally:
         server.should_exit = True
@@ -61,6 +62,27 @@ def test_without_an_engine_it_answers_by_itself():
                 events = (await stream.text()).split("\n\n")
             assert events[-2] == "data: [DONE]"
             assert "Based on the rendered template" in events[0]
+
+    asyncio.run(main())
+
+
+def test_an_index_that_does_not_answer_in_time_is_said_and_not_waited_for():
+    """Nobody hangs on a stuck indexer: without an engine to route to, it is a 503."""
+
+    class Stuck(Indexer):
+        async def score(self, queries):
+            await asyncio.Event().wait()
+            return await super().score(queries)
+
+    async def main():
+        async with _serving({"index": {"answer_timeout_s": 0.05}}, kind=Stuck) as client:
+            for path, body in (
+                ("/v1/chat/completions", _CHAT),
+                ("/score_completions", {"prompt": "who knows"}),
+            ):
+                answer, said = await _post(client, path, body)
+                assert answer.status == 503
+                assert said["error"]["message"] == "the index did not answer in 0.05 s"
 
     asyncio.run(main())
 
