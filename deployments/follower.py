@@ -184,8 +184,12 @@ class Follower:
             return  # the timeout asks again, on a new socket
         self._wake(self)  # sending may have used up the descriptor's signal
 
-    def read_replay(self, limit: int, end: float, now: float) -> bool:
-        """Read some messages of a reply; tell whether there may be more."""
+    def work(self, limit: int, end: float, now: float) -> bool:
+        """Apply what waits for its turn, then read some of a reply; tell whether there is more."""
+        while self.stream.has_ready:
+            self._carry_out(self.stream.go_on())
+            if time.perf_counter() >= end:
+                return True
         for _ in range(limit):
             if self._socket is None:
                 return False
@@ -229,6 +233,8 @@ class Follower:
                     self.rank = step.rank  # the engine knows better than the settings
                 self._apply(self.feed(self.rank), step)
                 self.lag_s = self._wall_clock() - step.ts
+        if self.stream.has_ready:
+            self._wake(self)
         reasons = (self.stream.problem, self._feeds[self.rank].doubt)
         if reasons != self._shown:
             self._shown = reasons

@@ -10,6 +10,8 @@ once and none is missing. The rules:
 - A hole that nobody can fill costs the publisher's blocks: lost removals would leave blocks that
   are gone. The stream goes on behind the hole, and says that history is lost until the engine
   clears its cache, restarts, or shows its whole history.
+- What a filled hole sets free comes in portions, so that thousands of batches never stop the
+  caller for long: `has_ready` tells of more, and `go_on` hands it over.
 
 Pure: time is an argument (monotonic seconds); the caller owns sockets and the index.
 """
@@ -78,9 +80,16 @@ class Stream:
             return "the connection broke; the publisher is being verified"
         if not self._is_joined:
             return "history is being replayed" if self.has_replay else "nothing received yet"
+        if self.has_ready:
+            return "batches behind a filled hole are being applied"
         if self._has_hole():
             return f"waiting for batch {self.next_seq}"
         return None
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether held batches can be applied now: `go_on`."""
+        return self.next_seq in self._held and self._is_joined and not self._is_suspect
 
     @property
     def last_seq(self) -> int | None:
@@ -114,20 +123,22 @@ class Stream:
         self.counters.received += 1
         self.heard_at = now
         if seq == self.next_seq and self._is_joined and not self._is_suspect:
-            steps = self._apply(payload, batch)
-            return steps + self._drain() if self._held else steps
+            if not self._held and self._hole_since is None:
+                return self._apply(payload, batch)
+            if not self.has_ready:
+                return self._apply(payload, batch) + self._drain()
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
             return self._revisit(seq, payload, batch, now)
-        if seq > self.next_seq and not self._has_hole():
-            self.counters.gaps += 1
-            self._hole_since = now
         self._seen_seq = max(self._seen_seq, seq)
         steps: list[Step] = []
-        if self._is_full(payload) and not self.has_replay:
+        if self._is_full(payload) and not self.has_replay and not self.has_ready:
             steps = self._give_up(now)  # waiting longer would only lose more
         self._hold(seq, payload, batch)
+        if self._hole_since is None and self._has_hole():
+            self.counters.gaps += 1
+            self._hole_since = now
         if self._is_suspect:  # it waits until the publisher has proved itself
             self._next_ask_at = min(self._next_ask_at, now)
             return steps
@@ -157,7 +168,11 @@ class Stream:
             pass  # asked again from before a hole, or from 0
         elif batch is None:
             steps = self._step_over(seq)
-        elif seq == self.next_seq and (self._is_anchored or not self._is_joined):
+        elif (
+            seq == self.next_seq
+            and seq not in self._held
+            and (self._is_anchored or not self._is_joined)
+        ):
             self._is_joined = self._is_anchored = True
             steps = [*self._apply(payload, batch), *self._drain()]
         else:
@@ -202,17 +217,24 @@ class Stream:
         self._is_suspect = True
         return []
 
+    def go_on(self) -> list[Step]:
+        """Return more of the held batches whose turn has come."""
+        return self._drain() if self.has_ready else []
+
     # -- what time decides
 
     def ask(self, now: float) -> int | None:
         """Return the number to start a replay from, if one is due; it counts as asked."""
         if not self.has_replay or self._asked_from is not None or now < self._next_ask_at:
             return None
+        if self.has_ready:
+            return None  # the hole to ask for lies behind what is held
         # Where nothing proves the last batch (none yet, or it was stepped over), ask for the next.
         self._is_anchored = self._is_joined and self._last_mark() is None
         start = self.next_seq if self._is_anchored or not self._is_joined else self.next_seq - 1
         self._is_rebuilding = (
             self.lost is not None
+            and not self._held
             and not self._has_hole()
             and self._n_rebuilds < 2
             and now >= self._next_rebuild_at
@@ -234,10 +256,10 @@ class Stream:
             self._asked_from = None
             self.counters.replays_failed += 1
             return self._end_fruitless(now)
-        is_open = not self.has_replay and self._has_hole() and self._hole_since is not None
-        if is_open and now - (self._hole_since or 0.0) >= self.limits.gap_grace_s:
-            return self._give_up(now)
-        return []
+        if self.has_replay or self.has_ready or self._hole_since is None or not self._has_hole():
+            return []
+        is_late = now - self._hole_since >= self.limits.gap_grace_s
+        return self._give_up(now) if is_late else []
 
     @property
     def is_asking(self) -> bool:
@@ -252,7 +274,8 @@ class Stream:
         return self._last
 
     def _has_hole(self) -> bool:
-        return bool(self._held) or self._seen_seq >= self.next_seq
+        """Whether a batch that exists, and is not held, is missing."""
+        return self._seen_seq - self.next_seq + 1 > len(self._held)
 
     def _apply(self, payload: bytes, batch: EventBatch) -> list[Step]:
         if self.next_seq == 0:
@@ -284,7 +307,7 @@ class Stream:
 
     def _drain(self) -> list[Step]:
         steps: list[Step] = []
-        while self.next_seq in self._held:
+        while self.next_seq in self._held and len(steps) < self.limits.max_steps:
             payload, batch = self._held.pop(self.next_seq)
             self._held_bytes -= len(payload)
             steps += self._apply(payload, batch)
@@ -380,7 +403,7 @@ class Stream:
             self._attempts = 0
             self._next_ask_at = now
             return []
-        is_needed = self._has_hole() or self._is_suspect
+        is_needed = self._is_suspect or (self._has_hole() and not self.has_ready)
         if is_needed and self._attempts + 1 >= self.limits.max_attempts:
             return self._give_up(now)
         self._back_off(now)
