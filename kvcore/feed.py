@@ -244,11 +244,12 @@ class Feed:
         salt = event.cache_salt
         if keys and keys[0] and salt in (None, keys[0][-1]):
             salt = _take_salt(keys)
-        if (adapter, salt) not in self._roots:
+        root = self._roots.get((adapter, salt))
+        if root is None:
             if len(self._roots) >= 4096:  # salts come and go
                 self._roots.clear()
-            self._roots[adapter, salt] = self._model_root(self.model, adapter, salt)
-        return self._roots[adapter, salt], _extras(keys)
+            root = self._roots[adapter, salt] = self._model_root(self.model, adapter, salt)
+        return root, _extras(keys)
 
     def _doubt(self, reason: str) -> None:
         if self.doubt is None:
