@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from kvcore.content_format import ContentFormat
 from kvcore.errors import InvalidFieldError
 from kvcore.templates import ChatTemplate
-from kvcore.tool_calls import history_calls, requested_tools
+from kvcore.tool_calls import developer_tools, history_calls, requested_tools
 
 Json = Any
 """A value as ``json.loads`` gives it."""
@@ -62,9 +62,14 @@ _TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
+# Fields of content parts of any kind; templates get all others of a part as they are.
 _PART_FIELDS = frozenset({
-    "type", "text", "refusal", "thinking", "closed", "uuid", "name", "prompt_cache_breakpoint",
+    "audio_embeds", "audio_url", "closed", "data", "file", "image_embeds", "image_pil",
+    "image_url", "input_audio", "name", "prompt_cache_breakpoint", "refusal", "text", "thinking",
+    "type", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
+# To these vLLM applies OpenAI's schema first, and a list of strings alone passes for one of parts.
+_OPENAI_ROLES = frozenset({"developer", "system", "user", "assistant", "tool"})
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
@@ -135,6 +140,8 @@ def prepare_chat(
     documents = request.get("documents")
     if documents is None:
         documents = variables.get("documents")
+    elif not _are_texts(documents):
+        raise InvalidFieldError("documents", "must be an array of objects whose values are strings")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(d, Mapping) for d in documents)
     ):
@@ -154,17 +161,23 @@ def prepare_chat(
     )
 
 
+def _are_texts(documents: Json) -> bool:
+    return isinstance(documents, list) and all(
+        isinstance(document, Mapping) and all(isinstance(v, str) for v in document.values())
+        for document in documents
+    )
+
+
 def _flag(request: Mapping[str, Json], field: str, default: bool) -> bool:
-    value = request.get(field)
-    if value is None:
-        return default
+    value = request.get(field, default)
     if not isinstance(value, bool):
         raise InvalidFieldError(field, "must be true or false")
     return value
 
 
 def _variables(request: Mapping[str, Json], defaults: Mapping[str, Json]) -> dict[str, Json]:
-    own = request.get("chat_template_kwargs") or {}
+    own = request.get("chat_template_kwargs")
+    own = {} if own is None else own
     if not isinstance(own, Mapping):
         raise InvalidFieldError("chat_template_kwargs", "must be an object")
     for name in own:
@@ -191,20 +204,24 @@ def _prepare_message(message: Json, field: str, content_format: ContentFormat) -
     for key, reason in _REFUSED_MESSAGE_FIELDS.items():
         if message.get(key) is not None:
             raise InvalidFieldError(f"{field}.{key}", reason)
-    parts = _text_parts(message.get("content"), f"{field}.content", role)
+    content = message.get("content")
+    if content is None and "content" in message and role not in ("assistant", "function"):
+        raise InvalidFieldError(f"{field}.content", "must be a string or an array of parts")
+    parts = _text_parts(content, f"{field}.content", role)
     prepared: dict[str, Json] = {"role": role, "content": _content(parts, role, content_format)}
     if role == "assistant":
         _add_assistant_fields(prepared, message, field)
     elif role == "tool" and "tool_call_id" in message:
         prepared["tool_call_id"] = message["tool_call_id"]
+        if not isinstance(prepared["tool_call_id"], (str, type(None))):
+            raise InvalidFieldError(f"{field}.tool_call_id", "must be a string")
     for key in ("name", "task"):
-        value = message.get(key)
-        if value is not None:
-            if not isinstance(value, str):
+        if key in message:
+            if not isinstance(message[key], str):
                 raise InvalidFieldError(f"{field}.{key}", "must be a string")
-            prepared[key] = value
+            prepared[key] = message[key]
     if role == "developer":
-        prepared["tools"] = message.get("tools")
+        prepared["tools"] = developer_tools(message.get("tools"))
     return prepared
 
 
@@ -239,13 +256,15 @@ def _text_parts(content: Json, field: str, role: str) -> list[dict[str, Json]]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise InvalidFieldError(field, "must be a string or an array of parts")
+    if role not in _OPENAI_ROLES or any(isinstance(part, Mapping) for part in content):
+        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
     parts = []
     for at, part in enumerate(content):
         prepared = _text_part(part, f"{field}[{at}]")
         if prepared is None:
             continue
-        text = prepared.get("text")
-        if role == "system" and isinstance(text, str) and text.startswith(_BILLING_HEADER):
+        text = prepared.get("text", "")
+        if role == "system" and part["type"] == "text" and text.startswith(_BILLING_HEADER):
             # It changes with every request of that client; vLLM drops the line, too.
             rest = text.partition("\n")[2]
             if not rest:
@@ -261,8 +280,10 @@ def _text_part(part: Json, field: str) -> dict[str, Json] | None:
     kind = part.get("type")
     if kind == "tool_reference":
         return {"type": kind, "name": part.get("name")}
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidFieldError(f"{field}.type", f"{kind!r} cannot be scored; only text can")
+    if part.get("uuid") is not None:
+        raise InvalidFieldError(f"{field}.uuid", "belongs to media; only text can be scored")
     text = part.get(_TEXT_PARTS[kind])
     if text is None and kind in ("text", "refusal"):
         return None
