@@ -61,6 +61,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
+        before_5_21: bool = False,
     ) -> str:
         """Render a chat to the prompt's text.
 
@@ -73,6 +74,8 @@ class ChatTemplate:
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: End inside the last message, after its
                 ``content`` or the field named here.
+            before_5_21: As transformers did before 5.21: None stays a value, and
+                a message's reasoning goes by no other name than its own.
 
         Raises:
             RenderError: The chat is empty, or the template refuses it or fails on it.
@@ -83,18 +86,20 @@ class ChatTemplate:
             )
         if continue_final_message and add_generation_prompt:
             raise RenderError(_CONTINUE_AND_GENERATE)
-        chat = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in messages
-        ]
+        if not before_5_21:
+            messages = [
+                {key: value for key, value in message.items() if value is not None}
+                for message in messages
+            ]
         return self.render_as_given(
-            chat,
+            messages,
             now=now,
             tools=tools,
             documents=documents,
             variables=variables,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            before_5_21=before_5_21,
         )
 
     def render_as_given(
@@ -107,6 +112,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
+        before_5_21: bool = False,
         spans: list[tuple[int, int]] | None = None,
     ) -> str:
         """Render without the checks of `render`; None stays a value.
@@ -114,7 +120,8 @@ class ChatTemplate:
         ``spans``, where given, receives the start and end, in characters, of each
         ``{% generation %}`` block: what the assistant wrote.
         """
-        chat = [_alias_reasoning(message) for message in messages]
+        prepare = dict if before_5_21 else _alias_reasoning
+        chat = [prepare(message) for message in messages]
         given = {
             "messages": chat,
             "tools": tools,

@@ -122,6 +122,23 @@ def test_a_developers_tools_are_in_the_order_of_openais_schema(tools, expected):
     assert _render(_chat(message), template) == expected
 
 
+def test_reasoning_is_named_thinking_where_the_engines_transformers_does_so():
+    """No vLLM up to 0.33 allows that version, so templates of LFM2.5 show no reasoning there."""
+    template = ChatTemplate("{% for m in messages %}{{ m|tojson }}{% endfor %}")
+    chat = _chat(
+        {"role": "assistant", "content": "a", "reasoning": "r"},
+        {"role": "tool", "content": "c", "tool_call_id": None},
+    )
+    assert _render(chat, template) == (
+        '{"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r"}'
+        '{"role": "tool", "content": "c", "tool_call_id": null}'
+    )
+    assert _render(chat, template, transformers_5_21=True) == (
+        '{"thinking": "r", "role": "assistant", "content": "a", "reasoning": "r", '
+        '"reasoning_content": "r"}{"role": "tool", "content": "c"}'
+    )
+
+
 def test_engine_defaults_give_way_to_the_request():
     """As --default-chat-template-kwargs; null in a request means: not set."""
     flag = {"flag": True}
