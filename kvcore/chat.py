@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
+from kvcore.chat_fields import RESERVED_VARIABLES
 from kvcore.content_format import ContentFormat
 from kvcore.errors import InvalidFieldError
 from kvcore.templates import ChatTemplate
@@ -44,12 +45,6 @@ class PreparedChat:
     add_special_tokens: bool  # for the tokenizer
 
 
-# Parameters of the call that renders, which a request must not reach as template variables.
-_RESERVED_VARIABLES = frozenset({
-    "chat_template", "conversation", "max_length", "messages", "padding",
-    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
-    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
-})  # fmt: skip
 # Variables that the request sets by fields of its own; those win.
 _ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "documents"})
 _REFUSED_MESSAGE_FIELDS = {
@@ -185,7 +180,7 @@ def _variables(request: Mapping[str, Json], defaults: Mapping[str, Json]) -> dic
     if not isinstance(own, Mapping):
         raise InvalidFieldError("chat_template_kwargs", "must be an object")
     for name in own:
-        if name in _RESERVED_VARIABLES or name.startswith("_"):
+        if name in RESERVED_VARIABLES or name.startswith("_"):
             raise InvalidFieldError(f"chat_template_kwargs.{name[:100]}", "may not be set")
     own = dict(own)
     effort = request.get("reasoning_effort")

@@ -7,6 +7,12 @@ from typing import Any
 
 from kvcore.errors import InvalidFieldError
 
+# Parameters of the call that renders, which must not be reached as template variables.
+RESERVED_VARIABLES = frozenset({
+    "chat_template", "conversation", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+})  # fmt: skip
 # Fields that shape the prompt; all others below do not.
 _PROMPT_FIELDS = frozenset({
     "messages", "model", "tools", "tool_choice", "reasoning_effort", "documents",
