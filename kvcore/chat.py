@@ -66,8 +66,14 @@ _PART_FIELDS = frozenset({
     "image_url", "input_audio", "name", "prompt_cache_breakpoint", "refusal", "text", "thinking",
     "type", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
-# To these vLLM applies OpenAI's schema first, and a list of strings alone passes for one of parts.
-_OPENAI_ROLES = frozenset({"developer", "system", "user", "assistant", "tool"})
+# Fields of messages to which vLLM applies OpenAI's schema; others may hold a list of strings.
+_OPENAI_FIELDS = {
+    "developer": frozenset({"role", "content", "name"}),
+    "system": frozenset({"role", "content", "name"}),
+    "user": frozenset({"role", "content", "name"}),
+    "assistant": frozenset({"role", "content", "name"}),
+    "tool": frozenset({"role", "content", "tool_call_id"}),
+}
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
@@ -206,7 +212,8 @@ def _prepare_message(message: Json, field: str, content_format: ContentFormat) -
     content = message.get("content")
     if content is None and "content" in message and role not in ("assistant", "function"):
         raise InvalidFieldError(f"{field}.content", "must be a string or an array of parts")
-    parts = _text_parts(content, f"{field}.content", role)
+    takes_strings = not message.keys() <= _OPENAI_FIELDS.get(role, frozenset())
+    parts = _text_parts(content, f"{field}.content", role, takes_strings=takes_strings)
     prepared: dict[str, Json] = {"role": role, "content": _content(parts, role, content_format)}
     if role == "assistant":
         _add_assistant_fields(prepared, message, field)
@@ -248,14 +255,16 @@ def _add_assistant_fields(
         prepared["reasoning"] = prepared["reasoning_content"] = reasoning
 
 
-def _text_parts(content: Json, field: str, role: str) -> list[dict[str, Json]]:
+def _text_parts(
+    content: Json, field: str, role: str, *, takes_strings: bool
+) -> list[dict[str, Json]]:
     if content is None:
         return []
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise InvalidFieldError(field, "must be a string or an array of parts")
-    if role not in _OPENAI_ROLES or any(isinstance(part, Mapping) for part in content):
+    if takes_strings or any(isinstance(part, Mapping) for part in content):
         content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
     parts = []
     for at, part in enumerate(content):
@@ -278,6 +287,8 @@ def _text_part(part: Json, field: str) -> dict[str, Json] | None:
         raise InvalidFieldError(field, "must be an object")
     kind = part.get("type")
     if kind == "tool_reference":
+        if not isinstance(part.get("name"), (str, type(None))):
+            raise InvalidFieldError(f"{field}.name", "must be a string")
         return {"type": kind, "name": part.get("name")}
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidFieldError(f"{field}.type", f"{kind!r} cannot be scored; only text can")

@@ -94,9 +94,17 @@ PARTS = ChatTemplate(
     ],
 )  # fmt: skip
 def test_strings_among_parts_are_text(role, content, expected):
-    """VLLM takes them, though not as the only parts in a message of OpenAI's own roles."""
+    """VLLM takes them, though not as the only parts of a message that fits OpenAI's schema."""
     rendered = json.loads(_render(_chat({"role": role, "content": content}), PARTS))
     assert [(part["type"], part["text"]) for part in rendered[0]["content"]] == expected
+
+
+def test_a_message_beyond_openais_schema_may_hold_strings_alone():
+    """VLLM checks it by a schema of its own, which allows them."""
+    message = {"role": "assistant", "content": ["a"], "reasoning": "r"}
+    assert json.loads(_render(_chat(message), PARTS))[0]["content"] == [
+        {"type": "text", "text": "a"}
+    ]
 
 
 def test_a_text_part_keeps_only_fields_of_no_other_part():
@@ -169,6 +177,7 @@ def test_tools_stay_away_where_the_engine_leaves_them_out():
         ("messages[0].tool_call_id", _chat({"role": "tool", "content": "x", "tool_call_id": 5})),
         ("messages[1].content", _chat(USER, {"role": "user", "content": 5})),
         ("messages[0].content", _chat({"role": "user", "content": None})),
+        ("messages[0].content[0].name", _chat({"role": "user", "content": [{"type": "tool_reference", "name": {}}]})),
         ("messages[0].content[0].uuid", _chat({"role": "user", "content": [{"type": "text", "text": "a", "uuid": "u"}]})),
         ("messages[0].content[0]", _chat({"role": "user", "content": ["hi"]})),
         ("messages[0].content[1].type", _chat({"role": "user", "content": [
