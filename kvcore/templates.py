@@ -24,6 +24,16 @@ Templates = str | Mapping[str, str]
 
 # Where a template reads a message's reasoning; the first name is the usual one.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# BOS and EOS of classes that have them where the config is silent; null there means none.
+_CLASS_TOKENS: Mapping[str, tuple[str | None, str]] = {
+    "CodeLlamaTokenizer": ("<s>", "</s>"),
+    "CohereTokenizer": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "GPT2Tokenizer": ("<|endoftext|>", "<|endoftext|>"),
+    "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>"),
+    "GemmaTokenizer": ("<bos>", "<eos>"),
+    "LlamaTokenizer": ("<s>", "</s>"),
+    "Qwen2Tokenizer": (None, "<|endoftext|>"),
+}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -254,7 +264,9 @@ def collect_special_tokens(
 
     Unset ones are left out: to a template they are undefined, not None.
     """
-    found = dict(tokenizer_config)
+    tokenizer_class = str(tokenizer_config.get("tokenizer_class")).removesuffix("Fast")
+    bos, eos = _CLASS_TOKENS.get(tokenizer_class, (None, None))
+    found = {"bos_token": bos, "eos_token": eos, **tokenizer_config}
     if "added_tokens_decoder" not in tokenizer_config:
         found.update(special_tokens_map or {})
     extra = found.get("extra_special_tokens")
