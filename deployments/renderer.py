@@ -51,7 +51,7 @@ class Renderer:
             content_format=self._settings.content_format,
             template_variables=self._settings.default_template_kwargs,
             exclude_tools_when_none=self._settings.exclude_tools_when_tool_choice_none,
-            transformers_5_21=self._settings.transformers_5_21,
+            before_transformers_5_21=self._settings.before_transformers_5_21,
         )
 
     async def render(self, request: Mapping[str, Any]) -> Rendered:

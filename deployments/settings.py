@@ -54,7 +54,7 @@ class RendererSettings(Section):
     default_template_kwargs: dict[str, object] = {}  # the engines' --default-chat-template-kwargs
     content_format: Literal["auto", "string", "openai"] = "auto"
     exclude_tools_when_tool_choice_none: bool = False
-    transformers_5_21: bool = False  # the engines run transformers 5.21 or newer
+    before_transformers_5_21: bool = False  # the engines run an older one, as vLLM 0.33 does
     trust_request_chat_template: bool = False  # render a request's own template, within limits
     request_template_timeout_s: Positive = 2.0
     request_template_memory_bytes: Bytes = 256 << 20

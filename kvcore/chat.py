@@ -27,9 +27,8 @@ class ChatOptions(NamedTuple):
     content_format: Literal["auto", "string", "openai"] = "auto"
     template_variables: Mapping[str, Json] = {}  # --default-chat-template-kwargs
     exclude_tools_when_none: bool = False  # --exclude-tools-when-tool-choice-none
-    # They run transformers 5.21 or newer, which names a message's reasoning ``thinking``, too.
-    # vLLM allows that from a version after 0.33 on.
-    transformers_5_21: bool = False
+    # They run an older transformers, as vLLM up to 0.33 does: no reasoning named ``thinking``.
+    before_transformers_5_21: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def render_request(
         variables={**special_tokens, **chat.variables},
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
-        before_5_21=not options.transformers_5_21,
+        before_5_21=options.before_transformers_5_21,
         now=now,
     )
     if not text.isascii():

@@ -130,18 +130,18 @@ def test_a_developers_tools_are_in_the_order_of_openais_schema(tools, expected):
     assert _render(_chat(message), template) == expected
 
 
-def test_reasoning_is_named_thinking_where_the_engines_transformers_does_so():
-    """No vLLM up to 0.33 allows that version, so templates of LFM2.5 show no reasoning there."""
+def test_reasoning_is_named_thinking_unless_the_engines_transformers_is_too_old():
+    """As with vLLM up to 0.33, where LFM2.5's template therefore shows no reasoning."""
     template = ChatTemplate("{% for m in messages %}{{ m|tojson }}{% endfor %}")
     chat = _chat(
         {"role": "assistant", "content": "a", "reasoning": "r"},
         {"role": "tool", "content": "c", "tool_call_id": None},
     )
-    assert _render(chat, template) == (
+    assert _render(chat, template, before_transformers_5_21=True) == (
         '{"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r"}'
         '{"role": "tool", "content": "c", "tool_call_id": null}'
     )
-    assert _render(chat, template, transformers_5_21=True) == (
+    assert _render(chat, template) == (
         '{"thinking": "r", "role": "assistant", "content": "a", "reasoning": "r", '
         '"reasoning_content": "r"}{"role": "tool", "content": "c"}'
     )
