@@ -10,10 +10,8 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 import numpy as np
@@ -26,18 +24,46 @@ from kvcore.hashing import hash_blocks, namespace_root
 from kvcore.index import BlockIndex
 from kvcore.scorer import score
 from kvcore.stream_state import PodState
+from tests.deployments.test_faults import until
 from tests.shared import shared
 
 BLOCK_SIZE, VOCABULARY, POD = 32, 2048, "pod-a"
 START_S = 400.0
 
 
-class Server(NamedTuple):
-    """A running pod."""
+class Server:
+    """A pod that can be killed and started again."""
 
-    url: str
-    events: str
-    replay: str
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self._http, self._replay = free_port(), free_port()
+        self._folder, self._scratch = folder, scratch
+        self.url, self.replay = (
+            f"{scheme}://127.0.0.1:{port}"
+            for scheme, port in (("http", self._http), ("tcp", self._replay))
+        )
+        self.events = f"ipc://{folder}/{POD}.events"
+        self.start()
+
+    def start(self) -> None:
+        """Start it; `ready` waits for it."""
+        with (self._folder / "engine.log").open("ab") as out:
+            ports = str(self._http), str(self._replay)
+            self._process = subprocess.Popen(  # our own script
+                ["bash", shared("vllm/start.sh"), self._folder, POD, *ports],  # noqa: S607  # any bash will do
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self._scratch)},  # it leaves files behind
+            )
+
+    def end(self, how: signal.Signals) -> None:
+        """End all of its processes."""
+        os.killpg(self._process.pid, how)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def root(model: str, adapter: str | None, salt: str | None) -> int:
@@ -55,43 +81,23 @@ def server(tmp_path) -> Iterator[Server]:
     folder = os.environ.get("KVATLAS_VLLM")
     if not folder or not (Path(folder) / "venv/bin/vllm").exists():
         pytest.skip("no vLLM: set KVATLAS_VLLM to the folder where vllm/setup.sh installed it")
-    http, replay = free_port(), free_port()
-    start = shared("vllm/start.sh")
-    log = Path(folder) / "engine.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(  # our own script
-            ["bash", start, folder, POD, str(http), str(replay)],  # noqa: S607  # any bash will do
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "TMPDIR": str(tmp_path)},  # it leaves files behind
-        )
-    yield Server(
-        f"http://127.0.0.1:{http}", f"ipc://{folder}/{POD}.events", f"tcp://127.0.0.1:{replay}"
-    )
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    server = Server(Path(folder), tmp_path)
+    yield server
+    server.end(signal.SIGTERM)
     (Path(folder) / f"{POD}.events").unlink(missing_ok=True)
 
 
-@asynccontextmanager
-async def up(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
+async def ready(server: Server, client: aiohttp.ClientSession) -> None:
     """Wait until the server answers."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
-        deadline = asyncio.get_running_loop().time() + START_S
-        while True:
-            try:
-                async with client.get(f"{server.url}/health") as answer:
-                    if answer.status == 200:
-                        break
-            except aiohttp.ClientError:
-                assert asyncio.get_running_loop().time() < deadline, "the server never came up"
-            await asyncio.sleep(1.0)
-        yield client
+    deadline = asyncio.get_running_loop().time() + START_S
+    while True:
+        try:
+            async with client.get(f"{server.url}/health") as answer:
+                if answer.status == 200:
+                    return
+        except aiohttp.ClientError:
+            assert asyncio.get_running_loop().time() < deadline, "the server never came up"
+        await asyncio.sleep(1.0)
 
 
 async def published(server: Server, context: zmq.Context) -> int | None:
@@ -133,53 +139,85 @@ def predict(index: BlockIndex, prompt: list[int]) -> int:
     return BLOCK_SIZE * max((s.blocks for s in found), default=0)
 
 
+class Talk:
+    """Growing conversations with one pod, each prompt predicted before it is sent."""
+
+    def __init__(self, server: Server, client: aiohttp.ClientSession, context: zmq.Context) -> None:
+        self._server, self._client, self._context = server, client, context
+        self._chance = random.Random(5)
+        self._systems = [self._words(150), self._words(200)]
+        self._turns = [[*self._systems[n % 2], *self._words(30)] for n in range(6)]
+        self.found: list[tuple[int, int]] = []  # predicted, reported
+
+    async def follow(self) -> Subscriber:
+        """Begin to follow the pod, with an empty index."""
+        self._index = BlockIndex()
+        pod = PodEndpoint(name=POD, events=self._server.events, replay=self._server.replay)
+        settings = EventsSettings(
+            block_size=BLOCK_SIZE, pods=(pod,), probe_interval_s=0.2, rebuild_interval_s=1.0
+        )
+        self._subscriber = Subscriber(settings, self._index, model_root=root)
+        await self._subscriber.start()
+        return self._subscriber
+
+    async def go_on(self, n: int) -> None:
+        """Send ``n`` requests, one after the other."""
+        for _ in range(n):
+            number = self._chance.randrange(len(self._turns))
+            prompt = self._turns[number]
+            await catch_up(self._subscriber, self._server, self._context)
+            predicted = predict(self._index, prompt)
+            body = {
+                "model": "tiny-llama",
+                "prompt": prompt,
+                "max_tokens": self._chance.choice([1, 8, 40]),
+                "return_token_ids": True,
+            }
+            url = f"{self._server.url}/v1/completions"
+            async with self._client.post(url, json=body) as response:
+                answer = await response.json()
+            details = answer["usage"]["prompt_tokens_details"]
+            self.found.append((predicted, (details or {}).get("cached_tokens") or 0))
+            turn = [*prompt, *answer["choices"][0]["token_ids"], *self._words(20)]
+            is_full = len(turn) > 900
+            self._turns[number] = (
+                [*self._systems[number % 2], *self._words(30)] if is_full else turn
+            )
+
+    def _words(self, n: int) -> list[int]:
+        return [self._chance.randrange(10, VOCABULARY) for _ in range(n)]
+
+
 @pytest.mark.engine
 def test_predictions_equal_a_real_engines_cached_tokens(server):
-    """60 requests of growing conversations, over a cache too small for them: equal each time."""
-    chance = random.Random(5)
+    """60 requests of growing conversations, over a cache too small for them: equal each time.
 
-    def words(n: int) -> list[int]:
-        return [chance.randrange(10, VOCABULARY) for _ in range(n)]
+    Then the pod is killed, which must show at once, and 20 more requests to its empty successor.
+    """
 
     async def main() -> list[tuple[int, int]]:
-        index = BlockIndex()
-        pod = PodEndpoint(name=POD, events=server.events, replay=server.replay)
-        settings = EventsSettings(block_size=BLOCK_SIZE, pods=(pod,), probe_interval_s=0.2)
-        subscriber = Subscriber(settings, index, model_root=root)
-        found = []
-        systems = [words(150), words(200)]
-        turns = [[*systems[n % 2], *words(30)] for n in range(6)]
         context = zmq.Context()
-        async with up(server) as client:
-            await subscriber.start()
-            for request in range(60):
-                if request == 30:  # as if the engine's events had begun before we came
-                    await subscriber.close()
-                    index = BlockIndex()
-                    subscriber = Subscriber(settings, index, model_root=root)
-                    await subscriber.start()
-                number = chance.randrange(len(turns))
-                prompt = turns[number]
-                await catch_up(subscriber, server, context)
-                predicted = predict(index, prompt)
-                body = {
-                    "model": "tiny-llama",
-                    "prompt": prompt,
-                    "max_tokens": chance.choice([1, 8, 40]),
-                    "return_token_ids": True,
-                }
-                async with client.post(f"{server.url}/v1/completions", json=body) as response:
-                    answer = await response.json()
-                details = answer["usage"]["prompt_tokens_details"]
-                found.append((predicted, (details or {}).get("cached_tokens") or 0))
-                turns[number] = [*prompt, *answer["choices"][0]["token_ids"], *words(20)]
-                if len(turns[number]) > 900:
-                    turns[number] = [*systems[number % 2], *words(30)]
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
+            await ready(server, client)
+            talk = Talk(server, client, context)
+            subscriber = await talk.follow()
+            await talk.go_on(30)
+            await subscriber.close()  # as if the engine's events had begun before we came
+            subscriber = await talk.follow()
+            await talk.go_on(30)
+            server.end(signal.SIGKILL)
+            await until(lambda: subscriber.statuses()[0].state is PodState.PARTIAL, 1.0)
+            server.start()
+            await ready(server, client)
+            await until(lambda: subscriber.statuses()[0].state is PodState.EXACT)
+            assert subscriber.statuses()[0].blocks == 0
+            await talk.go_on(20)
             await subscriber.close()
         context.destroy(linger=0)
-        return found
+        return talk.found
 
     found = asyncio.run(main())
-    assert len(found) == 60
+    assert len(found) == 80
     assert [predicted for predicted, _ in found] == [cached for _, cached in found]
-    assert sum(cached for _, cached in found) > 0
+    assert sum(cached for _, cached in found[:60]) > 0
+    assert sum(cached for _, cached in found[60:]) > 0
