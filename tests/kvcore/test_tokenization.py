@@ -120,7 +120,7 @@ def test_long_prompts_keep_every_token(backend):
     text = "".join(f"{n} bottles, " for n in range(20_000)) + "x" * 100_000
     expected = _reference().encode(text, add_special_tokens=False).ids
     ids = _embedded(backend).encode(text, add_special_tokens=False)
-    assert len(expected) > 2 * 16_384
+    assert len(expected) > 2 * tokenization._SLICE_TOKENS
     assert ids.tolist() == expected
 
 
@@ -250,6 +250,21 @@ def test_a_prompt_on_which_tokenizers_panics_is_a_typed_error(fast):
     )
     with pytest.raises(ModelDamagedError, match="bad split"):
         tokenizer.encode("x \n x", add_special_tokens=False)
+
+
+def test_ids_beside_a_post_processor_of_any_kind_are_whole_when_taken_in_slices(monkeypatch):
+    """Special tokens belong around the prompt, and what repeats a prompt repeats no slice."""
+    monkeypatch.setattr(tokenization, "_SLICE_TOKENS", 3)
+    part, bos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "a", "type_id": 0}}
+    for single in ([bos, part], [part, part], [bos, part, part], [bos]):
+        post = {"type": "TemplateProcessing", "single": single, "pair": [part],
+                "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}}}  # fmt: skip
+        text, prompt = _with(post_processor=post), "The quick <|im_start|> brown fox jumps"
+        reference = tokenizers.Tokenizer.from_str(text)
+        tokenizer = PromptTokenizer(text, fast=False)
+        for special in (True, False):
+            expected = reference.encode(prompt, add_special_tokens=special).ids
+            assert tokenizer.encode(prompt, add_special_tokens=special).tolist() == expected
 
 
 def test_a_post_processor_that_repeats_the_text_repeats_all_of_it():
