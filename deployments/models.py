@@ -259,8 +259,9 @@ def _rendered_by(
 ) -> str | None:
     if name in settings.engine_renders:
         return "a renderer of its own, by this service's settings"
-    for architecture in config.get("architectures") or ():
-        if architecture in _RENDERED_BY_ENGINE:
+    architectures = config.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        if str(architecture) in _RENDERED_BY_ENGINE:
             return _RENDERED_BY_ENGINE[architecture]
     # vLLM's own test: Mistral's weight format together with Mistral's tokenizer.
     if any(file.startswith("consolidated") for file in files.listing) and any(
