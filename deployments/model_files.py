@@ -151,7 +151,7 @@ def _checked(texts: dict[str, str], listing: frozenset[str], source: str) -> Mod
         if name in texts and name != "tokenizer.json":  # tokenizers parses that one itself
             try:
                 parsed[name] = json.loads(texts[name])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ModelDamagedError(f"{source}: {name} is not JSON: {error}") from error
             if not isinstance(parsed[name], dict):
                 raise ModelDamagedError(f"{source}: {name} is not a JSON object")

@@ -289,8 +289,9 @@ def _rendered_by(
         return "a renderer of its own, by this service's settings"
     if config.get("model_type") == "gpt_oss":
         return "harmony"
-    for architecture in config.get("architectures") or ():
-        if architecture in _RENDERED_BY_ENGINE:
+    architectures = config.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        if str(architecture) in _RENDERED_BY_ENGINE:
             return _RENDERED_BY_ENGINE[architecture]
     # vLLM's own test: Mistral's weight format together with Mistral's tokenizer.
     if any(fnmatch(file, "consolidated*.safetensors") for file in files.listing) and any(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 
 from deployments.models import Model, ModelStore
 from deployments.settings import ModelsSettings, TokenizerSettings
 from kvcore.errors import PromptTooLongError
 from kvcore.tokenization import Tokens
+
+# How long a thread may work in Python while the event loop waits for the GIL; 5 ms else.
+SWITCH_INTERVAL_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Tokenizer:
         """Take settings; ``store`` shares loaded models with a renderer in this process."""
         self._settings = settings or TokenizerSettings()
         self._store = store or ModelStore(models)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def encode(self, model: str | None, text: str, *, add_special_tokens: bool) -> Encoded:
         """Return the ids of ``text`` for a model, the default one for None.

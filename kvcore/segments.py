@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import groupby
+from os.path import commonprefix
 
 import numpy as np
 from tokenizers import AddedToken
@@ -23,6 +25,9 @@ from kvcore.tokens import Tokens
 _PUNCTUATION = frozenset(string.punctuation) - {"_"}
 # What an entry takes besides its text and ids: dict slot, str and array headers.
 _ENTRY_BYTES = 320
+_LONGEST_TOKEN = 512  # real ones end at 50 characters or so
+# Characters that are searched at a stretch: 2 ms under the GIL at the worst.
+_WINDOW = 65_536
 
 
 def cut_tokens(added: Collection[AddedToken], *, normalizes: bool) -> list[str]:
@@ -33,6 +38,8 @@ def cut_tokens(added: Collection[AddedToken], *, normalizes: bool) -> list[str]:
         normalizes: Whether its normalizer can change a text.
     """
     tokens = [token for token in added if token.content]
+    if any(len(token.content) > _LONGEST_TOKEN for token in tokens):
+        return []  # every part of every token is looked at
     # Tokens that are not normalized are matched first, so the others cannot be in their way.
     first = [token for token in tokens if not token.normalized]
     unsafe = _unsafe(first, first) | (
@@ -80,6 +87,21 @@ def _covered_later(tokens: Collection[AddedToken], first: Collection[AddedToken]
     }
 
 
+def _pattern(tokens: Sequence[str]) -> str:
+    """A regex of sorted tokens, the longest first, that reads a prefix in common once.
+
+    Plain alternatives are tried one by one: a thousand of them at a megabyte of ``<``
+    took 8 s, during which ``re`` holds the GIL.
+    """
+    branches = []
+    for _, group in groupby(filter(None, tokens), lambda token: token[0]):
+        same = list(group)
+        prefix = commonprefix(same)  # noqa: RUF071 - of texts, not of paths
+        rest = [token[len(prefix) :] for token in same]
+        branches.append(re.escape(prefix) + (_pattern(rest) if len(rest) > 1 else ""))
+    return f"(?:{'|'.join(branches)}){'' if all(tokens) else '?'}"
+
+
 class SegmentCache:
     """Ids of pieces of text, within a byte budget.
 
@@ -88,8 +110,11 @@ class SegmentCache:
     """
 
     def __init__(self, cuts: Sequence[str], capacity_bytes: int) -> None:
-        by_length = sorted(cuts, key=len, reverse=True)
-        self._cut = re.compile("|".join(map(re.escape, by_length))) if cuts else None
+        try:
+            self._cut = re.compile(_pattern(sorted(set(cuts)))) if cuts else None
+        except RecursionError:  # hundreds of tokens, each the beginning of the next
+            self._cut = None
+        self._longest = max(map(len, cuts), default=0)
         self._half_bytes = capacity_bytes // 2
         self._young: dict[str, Tokens] = {}
         self._old: dict[str, Tokens] = {}
@@ -115,12 +140,22 @@ class SegmentCache:
         return np.concatenate([known[piece] for piece in pieces])  # type: ignore[arg-type] - none is None now
 
     def _split(self, text: str) -> list[str]:
-        if self._cut is None:
-            return [text]
-        at = [match.start() for match in self._cut.finditer(text)]
+        at = [*self._find_cuts(text)]
         if not at or at[0] != 0:
             at.insert(0, 0)
         return [text[start:end] for start, end in zip(at, [*at[1:], len(text)], strict=True)]
+
+    def _find_cuts(self, text: str) -> Iterator[int]:
+        if self._cut is None:
+            return
+        done = 0
+        for start in range(0, len(text), _WINDOW):
+            stop = start + _WINDOW
+            for match in self._cut.finditer(text, max(start, done), stop + self._longest):
+                if match.start() >= stop:
+                    break
+                done = match.end()
+                yield match.start()
 
     def _look_up(self, piece: str) -> Tokens | None:
         ids = self._young.get(piece)

@@ -9,7 +9,9 @@ works through the call that releases the GIL, behind a cache of segments that is
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator
+from itertools import groupby, product
 
 import numpy as np
 import tokenizers
@@ -36,7 +38,7 @@ class PromptTokenizer:
             fast: Whether fastokens may be taken.
 
         Raises:
-            ModelDamagedError: ``tokenizers`` cannot load it.
+            ModelDamagedError: ``tokenizers`` cannot load it, or fails with it on any text.
         """
         self._text, self._cache_bytes = text, cache_bytes
         self._reference: _Reference | None = _Reference(text, cache_bytes)
@@ -44,7 +46,9 @@ class PromptTokenizer:
         self.fallback_reason: str | None = "fastokens is switched off"
         if fast:
             self._fast, self.fallback_reason = _load_fast(text, cache_bytes, self._reference)
-        if self._fast is not None:
+        if self._fast is None:
+            self._reference.slice_answers()
+        else:
             self._reference = None  # half of the memory; its text brings it back if need be
 
     @classmethod
@@ -73,6 +77,7 @@ class PromptTokenizer:
 
         Raises:
             InvalidInputError: ``text`` holds a lone surrogate; the message says where.
+            ModelDamagedError: The file makes ``tokenizers`` fail on this text.
         """
         _refuse_surrogates(text)
         if self._fast is not None:
@@ -128,13 +133,15 @@ class _Reference:
     def __init__(self, text: str, cache_bytes: int) -> None:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises a bare Exception
+        except BaseException as error:  # a bare Exception, or a panic
+            if not _is_failure(error):
+                raise
             raise ModelDamagedError(f"tokenizer.json cannot be loaded: {error}") from error
         self.tokenizer.no_truncation()  # some files ship one, or padding, switched on
         self.tokenizer.no_padding()
         self.added = list(self.tokenizer.get_added_tokens_decoder().values())
-        cuts = cut_tokens(self.added, normalizes=_normalizes(self.tokenizer))
-        self._cache = SegmentCache(cuts, cache_bytes)
+        _refuse_empty(self.tokenizer, self.added)
+        self._cache = SegmentCache(self._find_cuts(), cache_bytes)
         self._around = self._find_around()
 
     def encode(self, text: str, add_special_tokens: bool) -> Tokens:
@@ -145,9 +152,36 @@ class _Reference:
         before, after = self._around
         return np.concatenate((before, self._cache.encode(text, self._encode_all), after))
 
+    def slice_answers(self) -> None:
+        """Let ids come in slices that are cut before the GIL is taken again.
+
+        Cut afterwards, those of a megabyte keep it for 7 ms.
+        """
+        text = "The quick brown fox"
+        whole = self._encode_all([text])[0].tolist()
+        self.tokenizer.enable_truncation(2)
+        # A post-processor that repeats a text would repeat each slice.
+        if self._around is not None and self._encode_all([text])[0].tolist() == whole:
+            self.tokenizer.enable_truncation(_SLICE_TOKENS)
+        else:
+            self.tokenizer.no_truncation()
+
     def _encode_all(self, texts: list[str], *, add_special_tokens: bool = False) -> list[Tokens]:
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        encode = self.tokenizer.encode_batch_fast
+        try:
+            encodings = encode(texts, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            raise ModelDamagedError(f"tokenizer.json fails on a prompt: {error}") from error
         return [_ids_of(encoding) for encoding in encodings]
+
+    def _find_cuts(self) -> list[str]:
+        cuts = cut_tokens(self.added, normalizes=_normalizes(self.tokenizer))
+        pieces = ["a", *(f"{cut}b" for cut in cuts[:2])]
+        # A post-processor works on the whole, even without special tokens: it may repeat it.
+        apart = np.concatenate(self._encode_all(pieces)).tolist()
+        return cuts if self._encode_all(["".join(pieces)])[0].tolist() == apart else []
 
     def _find_around(self) -> tuple[Tokens, Tokens] | None:
         """Ids that the post-processor puts before and after any text; None if it does else."""
@@ -173,14 +207,27 @@ def _ids_of(encoding: tokenizers.Encoding) -> Tokens:
     """Ids of an encoding, which is used up."""
     # Ids come as a list of Python ints under the GIL: 300,000 of them take 15 ms. In slices
     # other threads have their turn between.
-    encoding.truncate(_SLICE_TOKENS)
-    parts = [encoding, *encoding.overflowing]
+    rest = encoding.overflowing
+    if not rest:
+        encoding.truncate(_SLICE_TOKENS)
+        rest = encoding.overflowing
+    parts = [encoding, *rest]
     ids = np.empty(sum(map(len, parts)), dtype=np.uint32)
     start = 0
     for part in parts:
         ids[start : start + len(part)] = part.ids
         start += len(part)
     return ids
+
+
+def _refuse_empty(tokenizer: tokenizers.Tokenizer, added: list[tokenizers.AddedToken]) -> None:
+    """Raise where a token is normalized to nothing: it is found everywhere, without end."""
+    normalize = tokenizer.normalizer and tokenizer.normalizer.normalize_str
+    for token in added:
+        if normalize and token.normalized and token.content and not normalize(token.content):
+            raise ModelDamagedError(
+                f"tokenizer.json cannot be used: its normalizer makes {token.content!r} empty"
+            )
 
 
 def _normalizes(tokenizer: tokenizers.Tokenizer) -> bool:
@@ -196,13 +243,13 @@ def _load_fast(
     """The fast backend, or why it is not taken."""
     try:
         fast = _Fast(text, cache_bytes)
-        for sample in _check_texts(reference.added):
-            for special in (False, True):
-                expected = reference.tokenizer.encode(sample, add_special_tokens=special).ids
-                # Twice: the second one comes from its cache.
-                for _ in range(2):
-                    if fast.encode(sample, special).tolist() != expected:
-                        return None, f"fastokens differs from tokenizers on {sample[:40]!r}"
+        checks = list(product(_check_texts(reference.added), (False, True)))
+        for sample, special in (*checks, (_all_kinds_of_characters(), False)):
+            expected = reference.tokenizer.encode(sample, add_special_tokens=special).ids
+            # Twice: the second one comes from its cache.
+            for _ in range(2):
+                if fast.encode(sample, special).tolist() != expected:
+                    return None, f"fastokens differs from tokenizers on {sample[:40]!r}"
     except BaseException as error:
         if not _is_failure(error):
             raise
@@ -219,13 +266,29 @@ def _check_texts(added: list[tokenizers.AddedToken]) -> Iterator[str]:
         for token in reversed(added)
     }
     some = [token.content for token in (*kinds.values(), *added[:8], *added[-8:])]
+    # They also part ways where one token strips what another one is.
+    yield "".join(f"{a}{b} x{a} {b}" for a, b in product(dict.fromkeys(some), repeat=2))
     for content in dict.fromkeys(some):
         yield f"{content}x {content} y{content}\n{content}{content}  {content}Z"
         yield f" {content.upper()} {content.lower()}\t{content} é{content}。"
     yield "hello".join(some)
 
 
-_SLICE_TOKENS = 16_384
+def _all_kinds_of_characters() -> str:
+    """The first and the last of each run of characters of one category, in company.
+
+    Regex engines differ on what is white space, a word or a letter: PCRE2 takes U+180E
+    for white space and 362 marks for the end of a word, and each has its version of Unicode.
+    """
+    points = (chr(point) for point in (*range(0xD800), *range(0xE000, 0x20000)))
+    ends = []
+    for _, run in groupby(points, unicodedata.category):
+        first, *rest = run
+        ends += [first, *rest[-1:]]
+    return "".join(f"a{c}B {c}1\n!{c}'s " for c in ends)
+
+
+_SLICE_TOKENS = 65_536
 _SAMPLES = (
     "",
     " ",

@@ -109,6 +109,7 @@ def test_busy_hubs_are_asked_again_and_missing_models_are_not(hub, settings):
         ("tokenizer_config.json", b"[]", ModelDamagedError),
         ("tokenizer_config.json", b"\xff\xfe", ModelDamagedError),
         ("config.json", b"{", ModelDamagedError),
+        ("config.json", b"[" * 100_000, ModelDamagedError),
         ("chat_template.jinja", b"{% for", ModelDamagedError),
     ],
 )

@@ -155,6 +155,8 @@ def test_only_configured_models_are_loaded_by_default(hub, settings):
         ({"consolidated.safetensors": b"", "tekken.json": b"{}"}, "mistral-common"),
         ({"consolidated.00.pth": b"", "tekken.json": b"{}"}, None),
         ({"tekken.json": b"{}"}, None),
+        ({"config.json": b'{"architectures": 5}'}, None),
+        ({"config.json": b'{"architectures": [{}, [1], null]}'}, None),
     ],
 )
 def test_models_whose_engine_bypasses_jinja_are_recognised(tmp_path, changes, rendered_by):

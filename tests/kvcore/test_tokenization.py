@@ -120,7 +120,7 @@ def test_long_prompts_keep_every_token(backend):
     text = "".join(f"{n} bottles, " for n in range(20_000)) + "x" * 100_000
     expected = _reference().encode(text, add_special_tokens=False).ids
     ids = _embedded(backend).encode(text, add_special_tokens=False)
-    assert len(expected) > 2 * 16_384
+    assert len(expected) > 2 * tokenization._SLICE_TOKENS
     assert ids.tolist() == expected
 
 
@@ -185,6 +185,19 @@ def test_a_backend_that_differs_is_not_taken(monkeypatch):
     assert tokenizer.encode("½", add_special_tokens=False).tolist() == _reference().encode("½").ids
 
 
+@pytest.mark.parametrize("pattern", [r"'s|[^\s\p{L}]+|\p{L}+|\s+", r"\w+|\W+", r"\p{Han}+"])
+def test_a_regex_that_the_backends_read_differently_is_not_taken(pattern):
+    """U+180E is white space to one of them only, 362 marks are part of a word to one only."""
+    file = json.loads(EMBEDDED.read_text())
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    tokenizer = PromptTokenizer(json.dumps(file))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(file))
+    for text in ("!\u180e's", "a\u0903b", "漢\u00b7字"):
+        ids = tokenizer.encode(text, add_special_tokens=False).tolist()
+        assert ids == reference.encode(text).ids
+    assert tokenizer.backend == "tokenizers"
+
+
 def test_a_backend_that_fails_on_a_text_leaves_it_to_the_other(monkeypatch):
     """Its regex engine has limits that a hostile prompt can reach."""
     tokenizer = PromptTokenizer(EMBEDDED.read_text())
@@ -196,6 +209,75 @@ def test_a_backend_that_fails_on_a_text_leaves_it_to_the_other(monkeypatch):
     assert (
         tokenizer.encode("hi", add_special_tokens=False).tolist() == _reference().encode("hi").ids
     )
+
+
+def _with(**changes):
+    file = json.loads(EMBEDDED.read_text())
+    file["model"] |= changes.pop("model", {})
+    return json.dumps(file | changes)
+
+
+def _added(content, **flags):
+    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": 200_000, "content": content, **no, **flags}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    "text",
+    [
+        _with(model={"continuing_subword_prefix": "##"}),  # merges that this cuts panic in Rust
+        _with(model={"vocab": {}, "merges": [], "unk_token": "none"}),
+        # Normalized to nothing, it is found everywhere: memory ends before the list does.
+        _with(
+            added_tokens=[_added("\r\n", normalized=True)],
+            normalizer={"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": ""},
+        ),
+    ],
+)
+def test_a_file_on_which_tokenizers_fails_is_a_typed_error(text, fast):
+    """A panic is no Exception, and what nobody catches ends a replica."""
+    with pytest.raises(ModelDamagedError, match=r"tokenizer\.json"):
+        PromptTokenizer(text, fast=fast)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_prompt_on_which_tokenizers_panics_is_a_typed_error(fast):
+    """Two added tokens that strip into one another do it."""
+    tokenizer = PromptTokenizer(
+        _with(added_tokens=[_added(" ", rstrip=True), _added("\n", lstrip=True) | {"id": 200_001}]),
+        fast=fast,
+    )
+    with pytest.raises(ModelDamagedError, match="bad split"):
+        tokenizer.encode("x \n x", add_special_tokens=False)
+
+
+def test_ids_beside_a_post_processor_of_any_kind_are_whole_when_taken_in_slices(monkeypatch):
+    """Special tokens belong around the prompt, and what repeats a prompt repeats no slice."""
+    monkeypatch.setattr(tokenization, "_SLICE_TOKENS", 3)
+    part, bos = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "a", "type_id": 0}}
+    for single in ([bos, part], [part, part], [bos, part, part], [bos]):
+        post = {"type": "TemplateProcessing", "single": single, "pair": [part],
+                "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}}}  # fmt: skip
+        text, prompt = _with(post_processor=post), "The quick <|im_start|> brown fox jumps"
+        reference = tokenizers.Tokenizer.from_str(text)
+        tokenizer = PromptTokenizer(text, fast=False)
+        for special in (True, False):
+            expected = reference.encode(prompt, add_special_tokens=special).ids
+            assert tokenizer.encode(prompt, add_special_tokens=special).tolist() == expected
+
+
+def test_a_post_processor_that_repeats_the_text_repeats_all_of_it():
+    """It does so without special tokens too, and to the whole, not to each segment."""
+    twice = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+             "pair": [{"Sequence": {"id": part, "type_id": 0}} for part in "AB"],
+             "special_tokens": {}}  # fmt: skip
+    text, prompt = _with(post_processor=twice), "a<|im_start|>b<|im_end|>c"
+    expected = tokenizers.Tokenizer.from_str(text).encode(prompt).ids
+    for fast in (True, False):
+        tokenizer = PromptTokenizer(text, fast=fast)
+        for special in (True, False):
+            assert tokenizer.encode(prompt, add_special_tokens=special).tolist() == expected
 
 
 def test_conformance_takes_a_path_or_a_text():
