@@ -115,7 +115,10 @@ class Stream:
         self.heard_at = now
         if seq == self.next_seq and self._is_joined and not self._is_suspect:
             steps = self._apply(payload, batch)
-            return steps + self._drain() if self._held else steps
+            if not self._held:
+                return steps
+            self._release(seq)  # a reply brought it too, before its turn
+            return steps + self._drain()
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
@@ -127,6 +130,8 @@ class Stream:
         steps: list[Step] = []
         if self._is_full(payload) and not self.has_replay:
             steps = self._give_up(now)  # waiting longer would only lose more
+            if seq < self.next_seq:
+                return steps + self._revisit(seq, payload, batch, now)
         self._hold(seq, payload, batch)
         if self._is_suspect:  # it waits until the publisher has proved itself
             self._next_ask_at = min(self._next_ask_at, now)
@@ -159,6 +164,7 @@ class Stream:
             steps = self._step_over(seq)
         elif seq == self.next_seq and (self._is_anchored or not self._is_joined):
             self._is_joined = self._is_anchored = True
+            self._release(seq)
             steps = [*self._apply(payload, batch), *self._drain()]
         else:
             self._hold(seq, payload, batch)
@@ -192,7 +198,9 @@ class Stream:
     def interrupted(self, now: float) -> list[Step]:
         """Note that the connection broke: a restarted engine may hide behind the next number."""
         self._drop_held()  # if the publisher is still the same, it replays them
+        self._asked_from = None  # what is left of this reply may be from before the break
         if not self._is_joined:
+            self._next_ask_at = now
             return []
         if not self.has_replay:
             return self._lose("the connection broke, and there is no replay to ask what was missed")
@@ -275,6 +283,12 @@ class Stream:
         else:
             self._held[seq] = (payload, batch)
             self._held_bytes += len(payload)
+
+    def _release(self, seq: int) -> None:
+        """Drop what is held of a batch that another copy of it has settled."""
+        if seq in self._held:
+            self._held_bytes -= len(self._held.pop(seq)[0])
+            self.counters.duplicates += 1
 
     def _is_full(self, payload: bytes) -> bool:
         return (
@@ -400,6 +414,7 @@ class Stream:
         self.counters.damaged += 1
         if seq != self.next_seq:
             return []
+        self._release(seq)
         self.next_seq, self._last, self._last_payload = seq + 1, None, None
         self.counters.lost += 1
         self.lost = f"batch {seq} cannot be read"

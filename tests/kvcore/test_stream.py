@@ -274,3 +274,34 @@ def test_events_ride_along_untouched(joined):
     removed = BlockRemoved([b"x"])
     (batch,) = joined.receive(*message(3, events=[removed]), 10.0)
     assert batch.events == [removed]
+
+
+def test_a_reply_from_before_a_break_proves_nothing(joined):
+    """It may have been under way when the engine died: its successor must vouch for itself."""
+    assert joined.ask(5.0) == 2
+    joined.interrupted(5.0)
+    assert joined.receive_replayed(*message(2), 5.0) == []
+    assert joined.receive(*message(3, ts=103.0), 5.0) == []
+    _, steps = replay(joined, [message(n, ts=100.0 + n) for n in range(4)], 5.0)
+    assert applied(steps) == ["clear"]
+
+
+def test_a_batch_that_comes_live_and_by_replay_is_one(joined):
+    """The reply lost its first message, so the second was held until the live one came."""
+    joined.receive(*message(5), 5.0)
+    joined.ask(5.0)
+    assert joined.receive_replayed(*message(3), 5.0) == []
+    assert applied(joined.receive(*message(3), 5.0)) == [4.0]
+    joined.receive_replayed(*message(4), 5.0)
+    assert applied(joined.receive(*message(4), 5.0)) == [5.0, 6.0]
+    assert (joined.problem, joined.last_seq) == (None, 5)
+
+
+def test_without_replay_a_batch_from_before_a_full_store_is_late():
+    """Those behind it have just been applied: going back would undo them."""
+    stream = Stream(has_replay=False, limits=StreamLimits(max_held_batches=2))
+    for n in (0, 4, 5):
+        stream.receive(*message(n), 0.0)
+    assert applied(stream.receive(*message(2), 0.0)) == ["clear", 5.0, 6.0]
+    assert (stream.last_seq, stream.counters.lost, stream.counters.duplicates) == (5, 3, 1)
+    assert applied(stream.receive(*message(6), 0.0)) == [7.0]

@@ -134,8 +134,7 @@ class World:
         elif op == "break":
             self.lose_connection()
         elif op == "restart":
-            self.kept.clear()
-            self.reply.clear()
+            self.kept.clear()  # what is left of a reply was under way, and arrives
             self.truth.clear()
             self.seq = 0
             self.lose_connection()
