@@ -156,9 +156,9 @@ class Follower:
         """Take a live message."""
         self._carry_out(self.stream.receive(seq, payload, batch, now))
 
-    def note_damage(self, now: float) -> None:
-        """Note a live message that could not be read."""
-        self._carry_out(self.stream.damaged(now))
+    def note_damage(self, seq: int | None, now: float) -> None:
+        """Note a live message that could not be read; its number is None where that is damaged."""
+        self._carry_out(self.stream.damaged(seq, now))
 
     def note_break(self, now: float) -> None:
         """Note that the connection to the publisher broke."""

@@ -32,7 +32,6 @@ _TIMER_S = 0.05
 _TURN_MESSAGES = 16  # of one socket, before the next one has its turn
 _MAX_RANK = 1024
 _MAX_NAME = 256  # characters of a pod that names itself
-_MAX_SEQ = 1 << 63
 _NONE = [0, 0, 0]
 
 
@@ -302,15 +301,16 @@ class Subscriber:
 
     def _take(self, inlet: Inlet, frames: list[bytes], now: float) -> None:
         batch: EventBatch | None = None
-        seq = int.from_bytes(frames[1], "big") if len(frames) == 3 else _MAX_SEQ
-        if seq < _MAX_SEQ and len(frames[1]) == 8:
+        seq: int | None = None
+        if len(frames) == 3 and len(frames[1]) == 8 and frames[1][0] < 0x80:
+            seq = int.from_bytes(frames[1], "big")
             with contextlib.suppress(EventDecodeError):  # counted as damaged below
                 batch = self._decode(frames[2])
         follower = self._whose(inlet, frames[0], batch)
         if follower is None:
             return
-        if batch is None:
-            follower.note_damage(now)
+        if seq is None or batch is None:
+            follower.note_damage(seq, now)
         else:
             follower.take(seq, frames[2], batch, now)
         if follower.stream.problem is not None:

@@ -54,7 +54,8 @@ class Stream:
         self._held_bytes = 0
         self._seen_seq = -1  # highest number known to exist
         self._is_joined = False  # next_seq means something
-        self._is_suspect = False  # the connection broke: prove that it is the same publisher
+        self._suspicion: str | None = None  # the publisher has to prove that nothing is missing
+        self._replayed_to: int | None = None  # in a reply that has not ended
         self._is_rebuilding = False
         self._n_rebuilds = 0  # fruitless ones
         self._asked_from: int | None = None
@@ -74,12 +75,14 @@ class Stream:
         """Why the stream is not exact now, or None."""
         if self.lost is not None:
             return self.lost
-        if self._is_suspect:
-            return "the connection broke; the publisher is being verified"
-        if not self._is_joined:
-            return "history is being replayed" if self.has_replay else "nothing received yet"
-        if self._has_hole():
+        if self._suspicion is not None:
+            return f"{self._suspicion}; the publisher is being verified"
+        if not self._is_joined and not self.has_replay:
+            return "nothing received yet"
+        if self._is_joined and self._has_hole():
             return f"waiting for batch {self.next_seq}"
+        if not self._is_joined or self._replayed_to == self.next_seq:
+            return "history is being replayed"
         return None
 
     @property
@@ -104,7 +107,7 @@ class Stream:
         self._last = Mark(*position.last)
         self.lost = position.lost
         self._seen_seq = self.next_seq - 1
-        self._is_joined = self._is_suspect = True
+        self._is_joined, self._suspicion = True, "the process restarted"
         return True
 
     # -- what arrives
@@ -113,19 +116,15 @@ class Stream:
         """Take one live message."""
         self.counters.received += 1
         self.heard_at = now
-        if seq == self.next_seq and self._is_joined and not self._is_suspect:
+        if seq == self.next_seq and self._is_joined and self._suspicion is None:
             steps = self._apply(payload, batch)
-            if not self._held:
-                return steps
-            self._release(seq)  # a reply brought it too, before its turn
-            return steps + self._drain()
+            return steps + self._go_on(seq) if self._held else steps
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
             return self._revisit(seq, payload, batch, now)
-        if seq > self.next_seq and not self._has_hole():
-            self.counters.gaps += 1
-            self._hole_since = now
+        if seq > self.next_seq:
+            self._note_hole(now)
         self._seen_seq = max(self._seen_seq, seq)
         steps: list[Step] = []
         if self._is_full(payload) and not self.has_replay:
@@ -133,7 +132,7 @@ class Stream:
             if seq < self.next_seq:
                 return steps + self._revisit(seq, payload, batch, now)
         self._hold(seq, payload, batch)
-        if self._is_suspect:  # it waits until the publisher has proved itself
+        if self._suspicion is not None:  # it waits until the publisher has proved itself
             self._next_ask_at = min(self._next_ask_at, now)
             return steps
         return steps + self._drain()
@@ -154,7 +153,9 @@ class Stream:
             steps = self._begin_again(payload, batch, now)
         elif seq == self.next_seq - 1 and self._last_mark() is not None:
             if self._last_mark() == Mark.of(payload):
-                self._is_anchored, self._is_suspect = True, False
+                if self._suspicion is not None:
+                    self._suspicion, self._replayed_to = None, self.next_seq
+                self._is_anchored = True
                 steps = self._drain()
             else:
                 steps = self._restart("the publisher restarted", now)
@@ -164,10 +165,11 @@ class Stream:
             steps = self._step_over(seq)
         elif seq == self.next_seq and (self._is_anchored or not self._is_joined):
             self._is_joined = self._is_anchored = True
-            self._release(seq)
-            steps = [*self._apply(payload, batch), *self._drain()]
+            steps = [*self._apply(payload, batch), *self._go_on(seq)]
         else:
             self._hold(seq, payload, batch)
+        if any(isinstance(step, EventBatch) for step in steps):
+            self._replayed_to = self.next_seq
         return steps
 
     def reply_ended(self, now: float) -> list[Step]:
@@ -178,9 +180,7 @@ class Stream:
         self._asked_from = None
         if not self._is_joined:
             return self._end_join(now)
-        if self._is_rebuilding and self._reply_first is not None:
-            self._n_rebuilds += 1  # its history no longer begins at 0, or the reply lost that
-            self._is_rebuilding = False
+        self._is_rebuilding = False
         if self._last_mark() is not None and not self._is_anchored:
             return self._end_unanchored(now)
         if not self._has_hole():
@@ -188,12 +188,19 @@ class Stream:
             return []
         return self._end_fruitless(now)
 
-    def damaged(self, now: float) -> list[Step]:
+    def damaged(self, seq: int | None, now: float) -> list[Step]:
         """Count a live message that could not be read: what it held must be asked for."""
         self.counters.damaged += 1
         self.heard_at = now
         self._next_ask_at = now
-        return [] if self.has_replay else self._lose("a message could not be read")
+        if seq is not None and seq >= self.next_seq:
+            self._note_hole(now)
+            self._seen_seq = max(self._seen_seq, seq)
+            return []
+        if not self.has_replay:
+            return self._lose("a message could not be read")
+        self._suspect("a message could not be read")
+        return []
 
     def interrupted(self, now: float) -> list[Step]:
         """Note that the connection broke: a restarted engine may hide behind the next number."""
@@ -205,9 +212,9 @@ class Stream:
         if not self.has_replay:
             return self._lose("the connection broke, and there is no replay to ask what was missed")
         self._next_ask_at = now
-        if self._last_mark() is None:  # nothing is applied that a replay could vouch for
-            return self._restart("the connection broke", now) if self.next_seq > 0 else []
-        self._is_suspect = True
+        if self._last_mark() is None and self.next_seq > 0:
+            return self._restart("the connection broke", now)  # no replay could vouch for it
+        self._suspect("the connection broke")
         return []
 
     # -- what time decides
@@ -220,14 +227,14 @@ class Stream:
         self._is_anchored = self._is_joined and self._last_mark() is None
         start = self.next_seq if self._is_anchored or not self._is_joined else self.next_seq - 1
         self._is_rebuilding = (
-            self.lost is not None
-            and not self._has_hole()
-            and self._n_rebuilds < 2
-            and now >= self._next_rebuild_at
+            self.lost is not None and not self._has_hole() and now >= self._next_rebuild_at
         )
         if self._is_rebuilding:
+            # Its history may no longer begin at 0: then this asks ever less often.
             start = 0
-            self._next_rebuild_at = now + self.limits.rebuild_interval_s
+            interval_s = self.limits.rebuild_interval_s * 2 ** min(self._n_rebuilds, 6)
+            self._next_rebuild_at = now + interval_s
+            self._n_rebuilds += 1
         self._asked_from, self._asked_at = start, now
         self._progress = 0
         self._reply_first = None
@@ -262,6 +269,11 @@ class Stream:
     def _has_hole(self) -> bool:
         return bool(self._held) or self._seen_seq >= self.next_seq
 
+    def _note_hole(self, now: float) -> None:
+        if not self._has_hole():
+            self.counters.gaps += 1
+            self._hole_since = now
+
     def _apply(self, payload: bytes, batch: EventBatch) -> list[Step]:
         if self.next_seq == 0:
             self._first = Mark.of(payload)
@@ -284,11 +296,12 @@ class Stream:
             self._held[seq] = (payload, batch)
             self._held_bytes += len(payload)
 
-    def _release(self, seq: int) -> None:
-        """Drop what is held of a batch that another copy of it has settled."""
+    def _go_on(self, seq: int) -> list[Step]:
+        """Go on behind a batch that is done with; another copy of it may be held."""
         if seq in self._held:
             self._held_bytes -= len(self._held.pop(seq)[0])
             self.counters.duplicates += 1
+        return self._drain()
 
     def _is_full(self, payload: bytes) -> bool:
         return (
@@ -348,7 +361,8 @@ class Stream:
         self._drop_held()
         self.newest_ts = float("-inf")
         self._first = self._last = self._last_payload = None
-        self._is_joined = self._is_suspect = self._is_rebuilding = False
+        self._is_joined = self._is_rebuilding = False
+        self._suspicion = self._replayed_to = None
         self._n_rebuilds = 0
         self.lost = None
         self._asked_from = None  # the rest of this reply is for a position that is no more
@@ -357,10 +371,14 @@ class Stream:
 
     def _begin_again(self, payload: bytes, batch: EventBatch, now: float) -> list[Step]:
         """Rebuild from the first batch on: the whole history is there after all."""
-        asked_from, n_restarts = self._asked_from, self.counters.restarts
+        asked_from, n_restarts, n_rebuilds = (
+            self._asked_from, self.counters.restarts, self._n_rebuilds
+        )  # fmt: skip
+        # What came live since the question may be newer than its reply.
+        seen_seq = self._seen_seq if self._progress or self._held else 0
         steps = self._restart("history is being rebuilt", now)
-        self.counters.restarts = n_restarts
-        self._asked_from = asked_from
+        self.counters.restarts, self._n_rebuilds = n_restarts, n_rebuilds
+        self._asked_from, self._seen_seq = asked_from, seen_seq
         self._is_joined = self._is_anchored = True
         return [*steps, *self._apply(payload, batch)]
 
@@ -382,7 +400,7 @@ class Stream:
             return []
         if self._reply_first is None:
             return self._restart("the publisher no longer knows its last batch", now)
-        if self.next_seq in self._held and not self._is_suspect:
+        if self.next_seq in self._held and self._suspicion is None:
             # Its buffer begins right behind our position, and the connection never broke.
             steps = self._drain()
             self._settle(now)
@@ -394,7 +412,7 @@ class Stream:
             self._attempts = 0
             self._next_ask_at = now
             return []
-        is_needed = self._has_hole() or self._is_suspect
+        is_needed = self._has_hole() or self._suspicion is not None
         if is_needed and self._attempts + 1 >= self.limits.max_attempts:
             return self._give_up(now)
         self._back_off(now)
@@ -406,7 +424,9 @@ class Stream:
         self._next_ask_at = now + min(wait_s, self.limits.probe_interval_s)
 
     def _settle(self, now: float) -> None:
-        self._attempts = 0
+        self._attempts, self._replayed_to = 0, None
+        if self.lost is None:
+            self._n_rebuilds = 0
         self._next_ask_at = now + self.limits.probe_interval_s
 
     def _step_over(self, seq: int) -> list[Step]:
@@ -414,11 +434,10 @@ class Stream:
         self.counters.damaged += 1
         if seq != self.next_seq:
             return []
-        self._release(seq)
         self.next_seq, self._last, self._last_payload = seq + 1, None, None
         self.counters.lost += 1
         self.lost = f"batch {seq} cannot be read"
-        return [Clear(self.lost), *self._drain()]
+        return [Clear(self.lost), *self._go_on(seq)]
 
     def _give_up(self, now: float) -> list[Step]:
         """Go on behind the hole without what was in it."""
@@ -427,12 +446,12 @@ class Stream:
         self.lost = (
             f"batches {self.next_seq} to {target - 1} are lost"
             if missing
-            else "the connection broke, and the replay socket does not answer"
+            else f"{self._suspicion}, and the replay socket does not answer"
         )
         had_any = self.next_seq > 0
         self.counters.lost += missing
         self.next_seq = target
-        self._is_joined, self._is_suspect = True, False
+        self._is_joined, self._suspicion = True, None
         self._settle(now)
         self._next_rebuild_at = now + self.limits.rebuild_interval_s
         self._last = self._last_payload = None
@@ -441,6 +460,13 @@ class Stream:
         if self._has_hole():  # the next one
             self._hole_since = self._next_ask_at = now
         return steps
+
+    def _suspect(self, reason: str) -> None:
+        """Believe nothing newer until a reply has begun with the last applied batch."""
+        if self.next_seq == 0:
+            self._is_joined = False  # or with the first one
+        elif self._last_mark() is not None:
+            self._suspicion = reason
 
     def _lose(self, reason: str) -> list[Step]:
         self.lost = reason
