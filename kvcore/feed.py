@@ -45,6 +45,7 @@ class FeedCounters:
     refused_events: int = 0  # of another block size, or whose parts do not fit
     unknown_removals: int = 0  # blocks the holder did not have
     unresolved_blocks: int = 0  # named by hash alone, and never seen before
+    refused_batches: int = 0  # of another rank
     failed_batches: int = 0  # by a bug of ours
     replaced_blocks: int = 0  # engine hashes that named another block before
 
@@ -113,6 +114,13 @@ class Feed:
         """Drop the rank's blocks, and with them every doubt; return how many there were."""
         self.doubt = None
         return self._index.clear_pod(self.pod, self.rank)
+
+    def reset(self) -> int:
+        """Forget the rank's tiers and groups as well: its engine may come back with others."""
+        self.doubt = None
+        for known in (self._holders, self._windowed, self._attention):
+            known.clear()
+        return self._index.drop_pod(self.pod, self.rank)
 
     def _store(self, event: BlockStored) -> None:
         self.counters.stored_events += 1

@@ -297,12 +297,19 @@ class BlockIndex:
         self.settle(0)
         return dropped
 
-    def drop_pod(self, pod: str) -> int:
-        """Drop a pod that is gone for good, with its holder ids; return how many blocks it held."""
-        dropped = self.clear_pod(pod)
-        for scope in self._scopes_of(pod, None):
+    def drop_pod(self, pod: str, rank: int | None = None) -> int:
+        """Drop a pod, or a rank, that is gone for good, with its holder ids and windows.
+
+        Returns how many blocks it held.
+        """
+        dropped = self.clear_pod(pod, rank)
+        for scope in self._scopes_of(pod, rank):
             self.members.forget(scope)
-        self.windows = {scope: n for scope, n in self.windows.items() if scope[0] != pod}
+        self.windows = {
+            scope: n
+            for scope, n in self.windows.items()
+            if scope[0] != pod or rank not in (None, scope[1])
+        }
         return dropped
 
     def _scopes_of(self, pod: str, rank: int | None) -> list[Scope]:
