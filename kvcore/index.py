@@ -165,6 +165,16 @@ class BlockIndex:
             return ONE_STORED  # nine of ten events
         return StoreResult(names.size, 0, joined, replaced)
 
+    def store_keys(self, holder: int, hashes: EngineHashes, keys: BlockKeys) -> None:
+        """Add one copy of each block whose key is known, whatever it follows."""
+        names, wide = encode(hashes)
+        self.memory.use_keys(names.size)[: names.size] = keys
+        self._header[m.LAST_ROW] = 0
+        self.store_rest(self.members.bit(holder), names, wide, 0)
+        if self.waiting.runs:
+            self._join(self.members.names[holder].scope, decode(names, wide))
+        self.settle(names.size)
+
     def store_known(self, holder: int, hashes: EngineHashes) -> int:
         """Add one copy of blocks named without tokens; return how many names are unknown.
 
