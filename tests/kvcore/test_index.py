@@ -1,5 +1,7 @@
 """The index's promises one by one; the stateful test tries what nobody thought of."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -244,3 +246,15 @@ def test_cleared_bits_are_used_again(index):
         index.clear_pod("a")
     assert index.members.n_bits <= 8
     index.check()
+
+
+def test_a_long_run_that_waits_is_removed_in_no_time():
+    """One message stores it and another removes it, last block first: 16 s, once."""
+    index = BlockIndex()
+    holder, n = index.holder("pod-a"), 60_000
+    names = np.arange(1, n + 1, dtype=np.uint64)
+    index.store(holder, names, 0, np.zeros(n, dtype=np.uint32), block_size=1)
+    started = time.perf_counter()
+    assert index.remove(holder, names[::-1]) == 0
+    assert time.perf_counter() - started < 4.0
+    assert index.waiting.n_blocks == 0
