@@ -7,6 +7,7 @@ cannot be indexed exactly leaves a doubt that the pod's state shows until its ca
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -273,8 +274,12 @@ class Feed:
 
 
 def block_extra(keys: Sequence[str]) -> bytes:
-    """Return the bytes that multimodal keys add to a block; requests must use the same."""
-    return "\x1f".join(keys).encode()
+    """Return the bytes that multimodal keys add to a block; requests must use the same.
+
+    They are kept while a block waits for its parent: many, or long ones, are digested.
+    """
+    joined = "\x1f".join(keys).encode()
+    return joined if len(joined) <= MAX_WORD else sha256(joined).digest()
 
 
 def _extras(keys: list[list[str]]) -> dict[int, bytes] | None:

@@ -20,10 +20,15 @@ class WaitingRun:
     tokens: Tokens
     block_size: int
     extras: Mapping[int, bytes]
+    n_left: int = 0  # names; kept by the area
 
     def n_blocks(self) -> int:
         """Return how many blocks still wait."""
         return sum(name is not None for name in self.names)
+
+    def n_unnamed(self) -> int:
+        """Return how many blocks have tokens alone: a window has left them behind."""
+        return self.tokens.size // self.block_size - len(self.names)
 
 
 class WaitingArea:
@@ -33,7 +38,7 @@ class WaitingArea:
         self.max_blocks = max_blocks
         self.runs: dict[int, WaitingRun] = {}
         self.dropped: defaultdict[int, int] = defaultdict(int)  # blocks, by holder
-        self.n_blocks = 0
+        self.n_blocks = self.n_unnamed = 0
         self._next = 0
         # In order of arrival; dicts, so that taking one out of many costs nothing.
         self._by_parent: defaultdict[tuple[Scope, EngineHash], dict[int, None]] = defaultdict(dict)
@@ -44,19 +49,22 @@ class WaitingArea:
         """Let a run wait, and drop the oldest ones beyond the bound."""
         number, self._next = self._next, self._next + 1
         self.runs[number] = run
-        self.n_blocks += run.n_blocks()
+        run.n_left = run.n_blocks()
+        self.n_blocks += run.n_left
+        self.n_unnamed += run.n_unnamed()
         self._by_parent[run.scope, run.parent][number] = None
         for place, name in enumerate(run.names):
             if name is not None:
                 self._by_name[run.holder, name][number, place] = None
-        while self.n_blocks > self.max_blocks:
+        while max(self.n_blocks, self.n_unnamed) > self.max_blocks:
             oldest = self.take(next(iter(self.runs)))
             self.dropped[oldest.holder] += oldest.n_blocks()
 
     def take(self, number: int) -> WaitingRun:
         """Take a run out."""
         run = self.runs.pop(number)
-        self.n_blocks -= run.n_blocks()
+        self.n_blocks -= run.n_left
+        self.n_unnamed -= run.n_unnamed()
         self._forget(self._by_parent, (run.scope, run.parent), number)
         for place, name in enumerate(run.names):
             if name is not None:
@@ -69,9 +77,13 @@ class WaitingArea:
         if not found:
             return False
         number, place = next(iter(found))
-        self.runs[number].names[place] = None
+        run = self.runs[number]
+        run.names[place] = None
         self._forget(self._by_name, (holder, name), (number, place))
         self.n_blocks -= 1
+        run.n_left -= 1
+        if not run.n_left:
+            self.take(number)
         return True
 
     def children(self, scope: Scope, parent: EngineHash) -> list[int]:

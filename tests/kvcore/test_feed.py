@@ -348,3 +348,13 @@ def test_long_names_are_not_kept(feed):
     apply(feed, BlockStored(hashes(1), None, tokens(1), BS, cache_salt=salt))
     assert cached(feed, tokens(1), salt=salt) == 1
     assert feed._roots == {}
+
+
+def test_long_extra_keys_do_not_take_their_size(feed):
+    """They are kept while a block waits, and no block is worth megabytes."""
+    keys = [["x" * 100_000]]
+    apply(feed, BlockStored(hashes(2), 1, tokens(1, BS), BS, extra_keys=keys))
+    (run,) = feed._index.waiting.runs.values()
+    assert len(run.extras[0]) == 32
+    apply(feed, BlockStored(hashes(1), None, tokens(1), BS))
+    assert cached(feed, tokens(2), extras={1: block_extra(keys[0])}) == 2

@@ -258,3 +258,25 @@ def test_a_long_run_that_waits_is_removed_in_no_time():
     assert index.remove(holder, names[::-1]) == 0
     assert time.perf_counter() - started < 4.0
     assert index.waiting.n_blocks == 0
+
+
+def test_what_is_removed_while_it_waits_leaves_nothing_behind():
+    """A pod whose head is lost stores and evicts for days."""
+    index = BlockIndex()
+    holder = index.holder("pod-a")
+    for name in range(1, 100):
+        one = np.array([name], dtype=np.uint64)
+        index.store(holder, one, 0, np.zeros(1, dtype=np.uint32), block_size=1)
+        assert index.remove(holder, one) == 0
+    assert not index.waiting.runs
+
+
+def test_tokens_without_names_are_bounded_while_they_wait():
+    """One name may come with the tokens of a million blocks that a window has left behind."""
+    index = BlockIndex(max_waiting_blocks=1000)
+    holder = index.holder("pod-a")
+    for name in range(1, 100):
+        one = np.array([name], dtype=np.uint64)
+        index.store(holder, one, 0, np.zeros(101, dtype=np.uint32), block_size=1)
+    (stats,) = index.holder_stats()
+    assert (stats.waiting, stats.dropped) == (10, 89)
