@@ -176,8 +176,12 @@ class Follower:
             return  # the timeout asks again, on a new socket
         self._wake(self)  # sending may have used up the descriptor's signal
 
-    def read_replay(self, limit: int, end: float, now: float) -> bool:
-        """Read some messages of a reply; tell whether there may be more."""
+    def work(self, limit: int, end: float, now: float) -> bool:
+        """Apply what waits for its turn, then read some of a reply; tell whether there is more."""
+        while self.stream.has_ready:
+            self._carry_out(self.stream.go_on())
+            if time.perf_counter() >= end:
+                return True
         for _ in range(limit):
             if self._socket is None:
                 return False
@@ -219,6 +223,8 @@ class Follower:
                 if step.rank in (None, self.rank) or self._may_be(step.rank):
                     self._apply(step)
                 self.lag_s = self._wall_clock() - step.ts
+        if self.stream.has_ready:
+            self._wake(self)
         reasons = (self.stream.problem, self._feed.doubt)
         if reasons != self._shown:
             self._shown = reasons

@@ -288,7 +288,7 @@ class Subscriber:
     def _read(self, source: "Inlet | Follower", end: float) -> bool:
         """Read some messages of one socket; tell whether there may be more."""
         if isinstance(source, Follower):
-            return source.read_replay(_TURN_MESSAGES, end, self._clock())
+            return source.work(_TURN_MESSAGES, end, self._clock())
         for _ in range(_TURN_MESSAGES):
             frames = source.receive()
             if frames is None:

@@ -255,14 +255,14 @@ class Feed:
         salt = event.cache_salt
         if keys and keys[0] and salt in (None, keys[0][-1]):
             salt = _take_salt(keys)
-        if (adapter, salt) not in self._roots:
+        root = self._roots.get((adapter, salt))
+        if root is None:
             root = self._model_root(self.model, adapter, salt)
-            if len(adapter or "") + len(salt or "") > MAX_WORD:
-                return root, _extras(keys)
-            if len(self._roots) >= 4096:  # salts come and go
-                self._roots.clear()
-            self._roots[adapter, salt] = root
-        return self._roots[adapter, salt], _extras(keys)
+            if len(adapter or "") + len(salt or "") <= MAX_WORD:
+                if len(self._roots) >= 4096:  # salts come and go
+                    self._roots.clear()
+                self._roots[adapter, salt] = root
+        return root, _extras(keys)
 
     def _doubt(self, reason: str) -> None:
         if self.doubt is None:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kvcore.kernels import memory as m
 from kvcore.kernels import table as kernels
 
-MIN_BITS = 10  # log2 of an index's slots at first
-_SMALL = 256  # times smaller than the budget
+MIN_BITS = 10  # log2 of an index's slots at least
+_TINY, _SMALL = 1024, 256  # times smaller than the budget
 BLOCK_BYTES, NAME_BYTES, COUNT_BYTES, WIDE_BYTES = 18, 16, 16, 8 * m.WIDE_WORDS
 # A store needs this much room at a time, whatever the budget.
 SPARE_ROWS = 64
@@ -34,8 +34,12 @@ class Memory:
         for table in m.TABLES:
             self.header[table + m.STRIDE] = 3 if table == m.SETS else 2
             self.header[table + m.HIGH] = 1
-            self.header[table + m.BITS] = MIN_BITS
-            self.keep(table + m.INDEX, np.zeros(1 << MIN_BITS, dtype=np.uint32))
+            # What is tiny beside the budget need not be grown into; sets are few.
+            bits = MIN_BITS
+            if table != m.SETS:
+                bits = max(bits, (capacity_bytes // (4 * _TINY)).bit_length() - 1)
+            self.header[table + m.BITS] = bits
+            self.keep(table + m.INDEX, _small_pages(1 << bits, np.uint32))
         self.header[m.SETS + m.LIMIT] = 64
         self.keep(m.SETS + m.ROWS, np.zeros(64 * 3, dtype=np.uint64))
         self.reserve_rows(capacity_bytes // BLOCK_BYTES + SPARE_ROWS)

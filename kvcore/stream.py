@@ -10,6 +10,8 @@ once and none is missing. The rules:
 - A hole that nobody can fill costs the publisher's blocks: lost removals would leave blocks that
   are gone. The stream goes on behind the hole, and says that history is lost until the engine
   clears its cache, restarts, or shows its whole history.
+- What a filled hole sets free comes in portions, so that thousands of batches never stop the
+  caller for long: `has_ready` tells of more, and `go_on` hands it over.
 
 Pure: time is an argument (monotonic seconds); the caller owns sockets and the index.
 """
@@ -79,11 +81,17 @@ class Stream:
             return f"{self._suspicion}; the publisher is being verified"
         if not self._is_joined and not self.has_replay:
             return "nothing received yet"
-        if self._is_joined and self._has_hole():
-            return f"waiting for batch {self.next_seq}"
+        if self._is_joined and (self.has_ready or self._has_hole()):
+            is_filled = "batches behind a filled hole are being applied"
+            return is_filled if self.has_ready else f"waiting for batch {self.next_seq}"
         if not self._is_joined or self._replayed_to == self.next_seq:
             return "history is being replayed"
         return None
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether held batches can be applied now: `go_on`."""
+        return self.next_seq in self._held and self._is_joined and self._suspicion is None
 
     @property
     def last_seq(self) -> int | None:
@@ -116,22 +124,23 @@ class Stream:
         """Take one live message."""
         self.counters.received += 1
         self.heard_at = now
-        if seq == self.next_seq and self._is_joined and self._suspicion is None:
+        is_next = seq == self.next_seq and self._is_joined and self._suspicion is None
+        if is_next and not (self._held and self.has_ready):
             steps = self._apply(payload, batch)
-            return steps + self._go_on(seq) if self._held else steps
+            is_quiet = not self._held and self._hole_since is None
+            return steps if is_quiet else steps + self._drain()
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
             return self._revisit(seq, payload, batch, now)
-        if seq > self.next_seq:
-            self._note_hole(now)
         self._seen_seq = max(self._seen_seq, seq)
         steps: list[Step] = []
-        if self._is_full(payload) and not self.has_replay:
+        if self._is_full(payload) and not self.has_replay and not self.has_ready:
             steps = self._give_up(now)  # waiting longer would only lose more
             if seq < self.next_seq:
                 return steps + self._revisit(seq, payload, batch, now)
         self._hold(seq, payload, batch)
+        self._note_hole(now)
         if self._suspicion is not None:  # it waits until the publisher has proved itself
             self._next_ask_at = min(self._next_ask_at, now)
             return steps
@@ -163,9 +172,13 @@ class Stream:
             pass  # asked again from before a hole, or from 0
         elif batch is None:
             steps = self._step_over(seq)
-        elif seq == self.next_seq and (self._is_anchored or not self._is_joined):
+        elif (
+            seq == self.next_seq
+            and seq not in self._held
+            and (self._is_anchored or not self._is_joined)
+        ):
             self._is_joined = self._is_anchored = True
-            steps = [*self._apply(payload, batch), *self._go_on(seq)]
+            steps = [*self._apply(payload, batch), *self._pass(seq)]
         else:
             self._hold(seq, payload, batch)
         if any(isinstance(step, EventBatch) for step in steps):
@@ -194,8 +207,8 @@ class Stream:
         self.heard_at = now
         self._next_ask_at = now
         if seq is not None and seq >= self.next_seq:
-            self._note_hole(now)
             self._seen_seq = max(self._seen_seq, seq)
+            self._note_hole(now)
             return []
         if not self.has_replay:
             return self._lose("a message could not be read")
@@ -217,17 +230,26 @@ class Stream:
         self._suspect("the connection broke")
         return []
 
+    def go_on(self) -> list[Step]:
+        """Return more of the held batches whose turn has come."""
+        return self._drain() if self.has_ready else []
+
     # -- what time decides
 
     def ask(self, now: float) -> int | None:
         """Return the number to start a replay from, if one is due; it counts as asked."""
         if not self.has_replay or self._asked_from is not None or now < self._next_ask_at:
             return None
+        if self.has_ready:
+            return None  # the hole to ask for lies behind what is held
         # Where nothing proves the last batch (none yet, or it was stepped over), ask for the next.
         self._is_anchored = self._is_joined and self._last_mark() is None
         start = self.next_seq if self._is_anchored or not self._is_joined else self.next_seq - 1
         self._is_rebuilding = (
-            self.lost is not None and not self._has_hole() and now >= self._next_rebuild_at
+            self.lost is not None
+            and not self._held
+            and not self._has_hole()
+            and now >= self._next_rebuild_at
         )
         if self._is_rebuilding:
             # Its history may no longer begin at 0: then this asks ever less often.
@@ -249,10 +271,10 @@ class Stream:
             self._asked_from = None
             self.counters.replays_failed += 1
             return self._end_fruitless(now)
-        is_open = not self.has_replay and self._has_hole() and self._hole_since is not None
-        if is_open and now - (self._hole_since or 0.0) >= self.limits.gap_grace_s:
-            return self._give_up(now)
-        return []
+        if self.has_replay or self.has_ready or self._hole_since is None or not self._has_hole():
+            return []
+        is_late = now - self._hole_since >= self.limits.gap_grace_s
+        return self._give_up(now) if is_late else []
 
     @property
     def is_asking(self) -> bool:
@@ -267,10 +289,11 @@ class Stream:
         return self._last
 
     def _has_hole(self) -> bool:
-        return bool(self._held) or self._seen_seq >= self.next_seq
+        """Whether a batch that exists, and is not held, is missing."""
+        return self._seen_seq - self.next_seq + 1 > len(self._held)
 
     def _note_hole(self, now: float) -> None:
-        if not self._has_hole():
+        if self._hole_since is None and self._has_hole():
             self.counters.gaps += 1
             self._hole_since = now
 
@@ -296,8 +319,8 @@ class Stream:
             self._held[seq] = (payload, batch)
             self._held_bytes += len(payload)
 
-    def _go_on(self, seq: int) -> list[Step]:
-        """Go on behind a batch that is done with; another copy of it may be held."""
+    def _pass(self, seq: int) -> list[Step]:
+        """Go on behind a batch that is settled; another copy of it may be held."""
         if seq in self._held:
             self._held_bytes -= len(self._held.pop(seq)[0])
             self.counters.duplicates += 1
@@ -311,7 +334,7 @@ class Stream:
 
     def _drain(self) -> list[Step]:
         steps: list[Step] = []
-        while self.next_seq in self._held:
+        while self.next_seq in self._held and len(steps) < self.limits.max_steps:
             payload, batch = self._held.pop(self.next_seq)
             self._held_bytes -= len(payload)
             steps += self._apply(payload, batch)
@@ -412,7 +435,7 @@ class Stream:
             self._attempts = 0
             self._next_ask_at = now
             return []
-        is_needed = self._has_hole() or self._suspicion is not None
+        is_needed = self._suspicion is not None or (self._has_hole() and not self.has_ready)
         if is_needed and self._attempts + 1 >= self.limits.max_attempts:
             return self._give_up(now)
         self._back_off(now)
@@ -437,7 +460,7 @@ class Stream:
         self.next_seq, self._last, self._last_payload = seq + 1, None, None
         self.counters.lost += 1
         self.lost = f"batch {seq} cannot be read"
-        return [Clear(self.lost), *self._go_on(seq)]
+        return [Clear(self.lost), *self._pass(seq)]
 
     def _give_up(self, now: float) -> list[Step]:
         """Go on behind the hole without what was in it."""

@@ -20,6 +20,7 @@ class StreamLimits:
 
     max_held_batches: int = 4096  # behind a hole; later ones come again with the replay
     max_held_bytes: int = 64 << 20
+    max_steps: int = 16  # held batches handed over at once; the rest waits for `Stream.go_on`
     reply_timeout_s: float = 2.0  # without a single message of the reply
     retry_s: float = 0.2  # doubles with each fruitless attempt, up to the probe interval
     max_attempts: int = 4  # fruitless replays before a hole counts as lost

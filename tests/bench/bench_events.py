@@ -8,6 +8,7 @@ into an index whose tables have their size, once from an empty one on.
 
 import argparse
 import cProfile
+import gc
 import pstats
 import statistics
 import time
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     payloads = make(args.batches, 1, args.vocabulary)
+    gc.collect()
+    gc.freeze()  # as the indexer does
     print(f"{args.batches} events of {BLOCKS} x {BLOCK_SIZE} tokens, {len(payloads[0])} bytes each")
     decode = BatchDecoder().decode
     by_library = decode_batch_by_library

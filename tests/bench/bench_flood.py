@@ -8,6 +8,7 @@ applied (ms), and the process's memory.
 
 import argparse
 import asyncio
+import gc
 import os
 import statistics
 import subprocess
@@ -103,6 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0)
     args = parser.parse_args()
+    gc.collect()
+    gc.freeze()  # as the indexer does
     for rate, scorers in (
         (None, 1),
         (None, 8),

@@ -73,7 +73,7 @@ def test_eviction_never_reports_what_was_not_stored(runs):
 
 def test_growth_goes_in_steps():
     """The old index answers until the new one is full: no operation pays for all rows at once."""
-    index = BlockIndex()
+    index = BlockIndex(capacity_bytes=1 << 22)  # begins with 1,024 slots
     a = index.holder("a")
     seen = set()
     for n in range(400):

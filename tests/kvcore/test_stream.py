@@ -72,6 +72,24 @@ def test_a_gap_is_repaired_in_order(joined):
     assert (joined.problem, joined.counters.gaps) == (None, 1)
 
 
+def test_what_a_filled_hole_sets_free_comes_in_portions(joined):
+    """Thousands of batches at once would stop every score meanwhile."""
+    for seq in range(4, 104):
+        assert joined.receive(*message(seq), 0.0) == []
+    steps, last = joined.receive(*message(3), 0.0), 103
+    while joined.has_ready:
+        assert joined.problem is not None  # the index is not there yet
+        assert joined.last_seq == 2 + len(steps)
+        assert joined.ask(100.0) is None  # nothing is missing
+        last += 1
+        more = joined.receive(*message(last), 0.0) + joined.go_on()
+        assert len(more) <= 2 * LIMITS.max_steps
+        steps += more
+    assert applied(steps) == [float(seq + 1) for seq in range(3, last + 1)]
+    assert (joined.problem, joined.counters.gaps) == (None, 1)
+    assert last > 104
+
+
 def test_a_reply_with_holes_is_asked_again_from_the_first_one(joined):
     """Engines' replay sockets drop messages and still send the end marker."""
     joined.receive(*message(9), 10.0)

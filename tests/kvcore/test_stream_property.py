@@ -13,6 +13,7 @@ from kvcore.stream_state import StreamLimits
 
 LIMITS = StreamLimits(
     max_held_batches=8,
+    max_steps=2,
     reply_timeout_s=2.0,
     retry_s=0.2,
     max_attempts=3,
@@ -36,6 +37,7 @@ OPS = [
     "wait",
     "break",
     "restart",
+    "go on",
 ]
 Message = tuple[int, bytes, EventBatch]
 
@@ -132,6 +134,8 @@ class World:
             self.step_reply(is_lossy=self.random.random() < 0.5)
         elif op == "wait":
             self.pass_time(self.random.choice([0.1, 0.6, 2.5]))
+        elif op == "go on":
+            self.carry_out(self.stream.go_on())
         elif op == "break":
             self.lose_connection()
         elif op == "restart":
@@ -160,6 +164,7 @@ class World:
             self.act("deliver")
         for _ in range(400):
             self.pass_time(0.1)
+            self.carry_out(self.stream.go_on())
             self.ask()
             while self.reply:
                 self.step_reply(is_lossy=False)
