@@ -110,7 +110,6 @@ class EventLog:
                 options={zmq.ROUTER_MANDATORY: 1},
             )
             watch(self._loop, self._router, self._serve)
-            contextvars.Context().run(self._loop.call_soon, self._serve)
 
     async def close(self) -> None:
         """Flush what subscribers have still to get, for a quarter of a second at most; close."""

@@ -23,7 +23,8 @@ class Fleet:
         if settings.fleet is None:
             raise ValueError("no fleet is configured")
         store = ModelStore(settings.model_store)
-        renderer = Renderer(settings.model_store, store=store)
+        # With the settings by which the ingress predicts what engines render.
+        self._renderer = Renderer(settings.model_store, settings.renderer, store=store)
         tokenizer = Tokenizer(settings.model_store, store=store)
         self._engines = [
             SimulatedEngine(
@@ -32,7 +33,7 @@ class Fleet:
                 settings=settings.fleet,
                 block_size=settings.block_size,
                 model=settings.model,
-                renderer=renderer,
+                renderer=self._renderer,
                 tokenizer=tokenizer,
             )
             for rank, pod in enumerate(settings.fleet.pods(settings.model))
@@ -61,6 +62,7 @@ class Fleet:
         self._started.cancel()
         for engine in self._engines:
             await engine.close()
+        self._renderer.close()
         _log.info("%d simulated engines stopped", len(self._engines))
 
     async def __del__(self) -> None:

@@ -32,6 +32,8 @@ from deployments.schemas import (
     ScoreAnswer,
     ScoreQuery,
     ScoreRequest,
+    TokenizeOptions,
+    TokenizeRequest,
     parse,
 )
 from deployments.settings import PodEndpoint, Settings
@@ -66,6 +68,7 @@ class Ingress:
         tokenizer = tokenizer or Tokenizer(settings.model_store, settings.tokenizer, store=store)
         self._render = call(renderer, "render")
         self._encode, self._models_known = call(tokenizer, "encode"), call(tokenizer, "models")
+        self._token_strings = call(tokenizer, "token_strings")
         in_time = settings.index.answer_timeout_s
         self._indexer_status = call_indexer(indexer, "status", in_time)
         self._add_pod = call_indexer(indexer, "add_pod", in_time)
@@ -273,22 +276,30 @@ class Ingress:
         """Return the ids of a prompt or chat, as vLLM's route of this name does."""
         body = await self._body(request)
         if "messages" in body:
+            wanted = parse(TokenizeOptions, body)
             rendered = await self._render(body)
             model, text = rendered.model, rendered.text
             special = rendered.add_special_tokens
         else:
-            scored = parse(ScoreRequest, body)
-            if not isinstance(scored.prompt, str):
-                raise InvalidFieldError("prompt", "must be text")
-            model, text = scored.model or self._settings.model, scored.prompt
-            special = scored.add_special_tokens
+            wanted = parse(TokenizeRequest, body)
+            model, text = wanted.model or self._settings.model, wanted.prompt
+            special = wanted.add_special_tokens
         encoded = await self._encode(model, text, add_special_tokens=special)
         mode, reason = (
             ("FALLBACK", encoded.fallback_reason) if encoded.fallback_reason else ("EXACT", None)
         )
         tokens = np.asarray(encoded.tokens)
+        strings = await self._token_strings(model, tokens) if wanted.return_token_strs else None
         return JsonResponse(
-            {"model": model, "count": len(tokens), "tokens": tokens, "mode": mode, "reason": reason}
+            {
+                "model": model,
+                "count": len(tokens),
+                "max_model_len": None,  # vLLM's field; the engines know it
+                "tokens": tokens,
+                "token_strs": strings,
+                "mode": mode,
+                "reason": reason,
+            }
         )
 
     async def _render_chat(self, request: Request) -> Response:

@@ -49,7 +49,6 @@ class Inlet:
 
         sockets.watch(loop, self._socket, lambda: wake(self))
         sockets.watch(loop, self._monitor, note_break)
-        wake(self)  # the descriptor only tells of changes
 
     def receive(self) -> list[bytes] | None:
         """Return a message's frames, or None when there is none."""

@@ -40,6 +40,7 @@ from kvcore.errors import (
 log = logging.getLogger(__name__)
 
 _JSON_FILES = (
+    "chat_template.json",
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from deployments.model_files import (
@@ -69,6 +70,7 @@ class Model:
     templates: Templates | None
     special_tokens: dict[str, str]
     source: str  # where the files are from, in words
+    processor_template: str | None = None  # for chats without tools, where there is one
     fallback_reason: str | None = None  # why this is not the model that the name says
     rendered_by: str | None = None  # what the engine renders chats with, if not with Jinja
     warning: str | None = None  # why ids could differ from the engine's
@@ -79,13 +81,27 @@ class Model:
         """About how much memory the model takes."""
         return self.tokenizer.size_bytes + 200 * sum(map(len, self.compiled))
 
+    def choose(self, *, named: str | None = None, tools: object | None = None) -> str:
+        """Return the text of the template for a chat, as vLLM chooses it.
+
+        Args:
+            named: The request's choice: a name, or else a template's text.
+            tools: As the request brought them.
+
+        Raises:
+            RenderError: The model has no template, or several and no default.
+        """
+        if named is None and tools is None and self.processor_template is not None:
+            return self.processor_template
+        return choose_template(self.templates, named=named, tools=tools)
+
     def template(self, *, tools: object | None = None) -> ChatTemplate:
-        """Return the template for a chat; ``tools`` as the request brought them.
+        """Return the compiled template for a chat; ``tools`` as the request brought them.
 
         Raises:
             RenderError: The model has no template.
         """
-        return self.compiled[choose_template(self.templates, tools=tools)]
+        return self.compiled[self.choose(tools=tools)]
 
 
 class ModelStore:
@@ -232,7 +248,10 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
             if file.startswith("additional_chat_templates/")
         },
     )
-    texts = [templates] if isinstance(templates, str) else (templates or {}).values()
+    texts = [templates] if isinstance(templates, str) else list((templates or {}).values())
+    of_processor = _processor_template(files)
+    if of_processor is not None:
+        texts.append(of_processor)
     try:
         compiled = {text: ChatTemplate(text) for text in texts}
     except TemplateSyntaxError as error:
@@ -248,10 +267,19 @@ def build_model(name: str, files: ModelFiles, settings: ModelsSettings) -> Model
             tokenizer_config, files.parsed("special_tokens_map.json")
         ),
         source=files.source,
+        processor_template=of_processor,
         rendered_by=_rendered_by(name, config, files, settings),
         warning=warning,
         compiled=compiled,
     )
+
+
+def _processor_template(files: ModelFiles) -> str | None:
+    """The template of a multimodal model's processor, where that is a file of its own."""
+    if files.listing.isdisjoint(("preprocessor_config.json", "processor_config.json")):
+        return None
+    text = files.parsed("chat_template.json").get("chat_template")
+    return text if isinstance(text, str) else None
 
 
 def _rendered_by(
@@ -259,11 +287,13 @@ def _rendered_by(
 ) -> str | None:
     if name in settings.engine_renders:
         return "a renderer of its own, by this service's settings"
+    if config.get("model_type") == "gpt_oss":
+        return "harmony"
     for architecture in config.get("architectures") or ():
         if architecture in _RENDERED_BY_ENGINE:
             return _RENDERED_BY_ENGINE[architecture]
     # vLLM's own test: Mistral's weight format together with Mistral's tokenizer.
-    if any(file.startswith("consolidated") for file in files.listing) and any(
+    if any(fnmatch(file, "consolidated*.safetensors") for file in files.listing) and any(
         file == "tekken.json" or file.startswith("tokenizer.model.v") for file in files.listing
     ):
         return "mistral-common"

@@ -14,7 +14,7 @@ from deployments.settings import ModelsSettings, RendererSettings
 from kvcore.chat import ChatOptions, render_request
 from kvcore.chat_fields import check_fields
 from kvcore.errors import InvalidFieldError, ModelUnsupportedError, PromptTooLongError
-from kvcore.templates import ChatTemplate, choose_template
+from kvcore.templates import ChatTemplate
 from kvcore.tool_calls import requested_tools
 
 # Up to here a render takes well below 1 ms, less than a thread's round trip is worth.
@@ -51,6 +51,7 @@ class Renderer:
             content_format=self._settings.content_format,
             template_variables=self._settings.default_template_kwargs,
             exclude_tools_when_none=self._settings.exclude_tools_when_tool_choice_none,
+            transformers_5_21=self._settings.transformers_5_21,
         )
 
     async def render(self, request: Mapping[str, Any]) -> Rendered:
@@ -70,14 +71,14 @@ class Renderer:
                 raise InvalidFieldError(field, "must be a string")
         if named is not None and not self._settings.trust_request_chat_template:
             raise InvalidFieldError("chat_template", "may not come with a request here")
+        named = named or None  # to vLLM an empty one is none, where it may come at all
         model = await self._store.get(name)
         if model.rendered_by is not None:
             raise ModelUnsupportedError(
                 f"engines render {model.name}'s chats with {model.rendered_by}, not with its "
                 "template; send the prompt or its token ids instead"
             )
-        chosen = choose_template(
-            model.templates,
+        chosen = model.choose(
             named=named,
             tools=requested_tools(request, exclude_when_none=self._options.exclude_tools_when_none),
         )

@@ -28,6 +28,24 @@ class ScoreRequest(BaseModel):
     pods: list[str] | None = None  # score only these
 
 
+class TokenizeOptions(BaseModel):
+    """What ``POST /tokenize`` takes beside a chat, which the renderer checks."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    return_token_strs: bool | None = None
+
+
+class TokenizeRequest(TokenizeOptions):
+    """Body of ``POST /tokenize`` with a prompt, as vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+
+
 class CompletionRequest(BaseModel):
     """The fields of ``POST /v1/completions`` that decide what is scored and where it goes."""
 
@@ -38,13 +56,21 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     add_special_tokens: bool = True
+    # With these an engine computes another prompt.
+    prompt_embeds: Any = None
+    suffix: Any = None
+    truncate_prompt_tokens: Any = None
 
     def single_prompt(self) -> str | list[int]:
         """Return the one prompt: text or token ids.
 
         Raises:
-            InvalidFieldError: Empty, several prompts, or neither text nor ids.
+            InvalidFieldError: Empty, several prompts, or neither text nor ids; or a field
+                that changes it.
         """
+        for field in ("prompt_embeds", "suffix", "truncate_prompt_tokens"):
+            if getattr(self, field) is not None:
+                raise InvalidFieldError(field, "changes the prompt, which is not supported")
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             if len(prompt) > 1:

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
+
+from kvcore.chat_fields import RESERVED_VARIABLES
 
 
 class Section(BaseModel):
@@ -52,9 +54,18 @@ class RendererSettings(Section):
     default_template_kwargs: dict[str, object] = {}  # the engines' --default-chat-template-kwargs
     content_format: Literal["auto", "string", "openai"] = "auto"
     exclude_tools_when_tool_choice_none: bool = False
+    transformers_5_21: bool = False  # the engines run transformers 5.21 or newer
     trust_request_chat_template: bool = False  # render a request's own template, within limits
     request_template_timeout_s: Positive = 2.0
     request_template_memory_bytes: Bytes = 256 << 20
+
+    @field_validator("default_template_kwargs")
+    @classmethod
+    def _are_variables(cls, variables: dict[str, object]) -> dict[str, object]:
+        for name in variables:
+            if name in RESERVED_VARIABLES:
+                raise ValueError(f"{name} is no template variable")
+        return variables
 
 
 class TokenizerSettings(Section):

@@ -81,10 +81,13 @@ def descriptor(socket: zmq.Socket) -> int:
 def watch(loop: asyncio.AbstractEventLoop, socket: zmq.Socket, wake: Callable[[], None]) -> None:
     """Call ``wake`` when the socket may have something; it must then be read until empty.
 
-    A callback runs in the context it was registered in. That must not be a request's, which Serve
-    cancels with the request.
+    It is called once at first: the descriptor tells of changes only, and of none before the socket
+    was found empty. A callback runs in the context it was registered in. That must not be a
+    request's, which Serve cancels with the request.
     """
-    contextvars.Context().run(loop.add_reader, descriptor(socket), wake)
+    context = contextvars.Context()
+    context.run(loop.add_reader, descriptor(socket), wake)
+    context.run(loop.call_soon, lambda: None if socket.closed else wake())
 
 
 def close_socket(loop: asyncio.AbstractEventLoop | None, socket: zmq.Socket) -> None:

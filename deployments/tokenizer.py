@@ -67,6 +67,15 @@ class Tokenizer:
             tokens = await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
         return Encoded(tokens, found.name, found.fallback_reason)
 
+    async def token_strings(self, model: str | None, tokens: Tokens) -> list[str]:
+        """Return what each id is called in a model's vocabulary.
+
+        Raises:
+            ModelError: The model is not to be had; the subclass says why.
+        """
+        found = await self._store.get(model)
+        return await asyncio.to_thread(found.tokenizer.strings, tokens)
+
     async def warm(self) -> list[ModelStatus]:
         """Load the default model and return what is known of all.
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
+from kvcore.chat_fields import RESERVED_VARIABLES
 from kvcore.content_format import ContentFormat
 from kvcore.errors import InvalidFieldError
 from kvcore.templates import ChatTemplate
-from kvcore.tool_calls import history_calls, requested_tools
+from kvcore.tool_calls import developer_tools, history_calls, requested_tools
 
 Json = Any
 """A value as ``json.loads`` gives it."""
@@ -26,6 +27,9 @@ class ChatOptions(NamedTuple):
     content_format: Literal["auto", "string", "openai"] = "auto"
     template_variables: Mapping[str, Json] = {}  # --default-chat-template-kwargs
     exclude_tools_when_none: bool = False  # --exclude-tools-when-tool-choice-none
+    # They run transformers 5.21 or newer, which names a message's reasoning ``thinking``, too.
+    # vLLM allows that from a version after 0.33 on.
+    transformers_5_21: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,6 @@ class PreparedChat:
     add_special_tokens: bool  # for the tokenizer
 
 
-# Parameters of the call that renders, which a request must not reach as template variables.
-_RESERVED_VARIABLES = frozenset({
-    "chat_template", "conversation", "max_length", "messages", "padding",
-    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
-    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
-})  # fmt: skip
 # Variables that the request sets by fields of its own; those win.
 _ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "documents"})
 _REFUSED_MESSAGE_FIELDS = {
@@ -62,9 +60,20 @@ _TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
+# Fields of content parts of any kind; templates get all others of a part as they are.
 _PART_FIELDS = frozenset({
-    "type", "text", "refusal", "thinking", "closed", "uuid", "name", "prompt_cache_breakpoint",
+    "audio_embeds", "audio_url", "closed", "data", "file", "image_embeds", "image_pil",
+    "image_url", "input_audio", "name", "prompt_cache_breakpoint", "refusal", "text", "thinking",
+    "type", "uuid", "video_embeds", "video_url",
 })  # fmt: skip
+# Fields of messages to which vLLM applies OpenAI's schema; others may hold a list of strings.
+_OPENAI_FIELDS = {
+    "developer": frozenset({"role", "content", "name"}),
+    "system": frozenset({"role", "content", "name"}),
+    "user": frozenset({"role", "content", "name"}),
+    "assistant": frozenset({"role", "content", "name"}),
+    "tool": frozenset({"role", "content", "tool_call_id"}),
+}
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
@@ -99,6 +108,7 @@ def render_request(
         variables={**special_tokens, **chat.variables},
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
+        before_5_21=not options.transformers_5_21,
         now=now,
     )
     if not text.isascii():
@@ -135,6 +145,8 @@ def prepare_chat(
     documents = request.get("documents")
     if documents is None:
         documents = variables.get("documents")
+    elif not _are_texts(documents):
+        raise InvalidFieldError("documents", "must be an array of objects whose values are strings")
     if documents is not None and not (
         isinstance(documents, list) and all(isinstance(d, Mapping) for d in documents)
     ):
@@ -154,21 +166,27 @@ def prepare_chat(
     )
 
 
+def _are_texts(documents: Json) -> bool:
+    return isinstance(documents, list) and all(
+        isinstance(document, Mapping) and all(isinstance(v, str) for v in document.values())
+        for document in documents
+    )
+
+
 def _flag(request: Mapping[str, Json], field: str, default: bool) -> bool:
-    value = request.get(field)
-    if value is None:
-        return default
+    value = request.get(field, default)
     if not isinstance(value, bool):
         raise InvalidFieldError(field, "must be true or false")
     return value
 
 
 def _variables(request: Mapping[str, Json], defaults: Mapping[str, Json]) -> dict[str, Json]:
-    own = request.get("chat_template_kwargs") or {}
+    own = request.get("chat_template_kwargs")
+    own = {} if own is None else own
     if not isinstance(own, Mapping):
         raise InvalidFieldError("chat_template_kwargs", "must be an object")
     for name in own:
-        if name in _RESERVED_VARIABLES or name.startswith("_"):
+        if name in RESERVED_VARIABLES or name.startswith("_"):
             raise InvalidFieldError(f"chat_template_kwargs.{name[:100]}", "may not be set")
     own = dict(own)
     effort = request.get("reasoning_effort")
@@ -191,20 +209,25 @@ def _prepare_message(message: Json, field: str, content_format: ContentFormat) -
     for key, reason in _REFUSED_MESSAGE_FIELDS.items():
         if message.get(key) is not None:
             raise InvalidFieldError(f"{field}.{key}", reason)
-    parts = _text_parts(message.get("content"), f"{field}.content", role)
+    content = message.get("content")
+    if content is None and "content" in message and role not in ("assistant", "function"):
+        raise InvalidFieldError(f"{field}.content", "must be a string or an array of parts")
+    takes_strings = not message.keys() <= _OPENAI_FIELDS.get(role, frozenset())
+    parts = _text_parts(content, f"{field}.content", role, takes_strings=takes_strings)
     prepared: dict[str, Json] = {"role": role, "content": _content(parts, role, content_format)}
     if role == "assistant":
         _add_assistant_fields(prepared, message, field)
     elif role == "tool" and "tool_call_id" in message:
         prepared["tool_call_id"] = message["tool_call_id"]
+        if not isinstance(prepared["tool_call_id"], (str, type(None))):
+            raise InvalidFieldError(f"{field}.tool_call_id", "must be a string")
     for key in ("name", "task"):
-        value = message.get(key)
-        if value is not None:
-            if not isinstance(value, str):
+        if key in message:
+            if not isinstance(message[key], str):
                 raise InvalidFieldError(f"{field}.{key}", "must be a string")
-            prepared[key] = value
+            prepared[key] = message[key]
     if role == "developer":
-        prepared["tools"] = message.get("tools")
+        prepared["tools"] = developer_tools(message.get("tools"))
     return prepared
 
 
@@ -232,20 +255,24 @@ def _add_assistant_fields(
         prepared["reasoning"] = prepared["reasoning_content"] = reasoning
 
 
-def _text_parts(content: Json, field: str, role: str) -> list[dict[str, Json]]:
+def _text_parts(
+    content: Json, field: str, role: str, *, takes_strings: bool
+) -> list[dict[str, Json]]:
     if content is None:
         return []
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise InvalidFieldError(field, "must be a string or an array of parts")
+    if takes_strings or any(isinstance(part, Mapping) for part in content):
+        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
     parts = []
     for at, part in enumerate(content):
         prepared = _text_part(part, f"{field}[{at}]")
         if prepared is None:
             continue
-        text = prepared.get("text")
-        if role == "system" and isinstance(text, str) and text.startswith(_BILLING_HEADER):
+        text = prepared.get("text", "")
+        if role == "system" and part["type"] == "text" and text.startswith(_BILLING_HEADER):
             # It changes with every request of that client; vLLM drops the line, too.
             rest = text.partition("\n")[2]
             if not rest:
@@ -260,9 +287,13 @@ def _text_part(part: Json, field: str) -> dict[str, Json] | None:
         raise InvalidFieldError(field, "must be an object")
     kind = part.get("type")
     if kind == "tool_reference":
+        if not isinstance(part.get("name"), (str, type(None))):
+            raise InvalidFieldError(f"{field}.name", "must be a string")
         return {"type": kind, "name": part.get("name")}
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidFieldError(f"{field}.type", f"{kind!r} cannot be scored; only text can")
+    if part.get("uuid") is not None:
+        raise InvalidFieldError(f"{field}.uuid", "belongs to media; only text can be scored")
     text = part.get(_TEXT_PARTS[kind])
     if text is None and kind in ("text", "refusal"):
         return None

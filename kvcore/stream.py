@@ -193,6 +193,8 @@ class Stream:
         self._asked_from = None
         if not self._is_joined:
             return self._end_join(now)
+        if self._is_rebuilding and self._reply_first is None and self.next_seq > 0:
+            return self._restart("the publisher has no history: it restarted", now)
         self._is_rebuilding = False
         if self._last_mark() is not None and not self._is_anchored:
             return self._end_unanchored(now)

@@ -24,6 +24,16 @@ Templates = str | Mapping[str, str]
 
 # Where a template reads a message's reasoning; the first name is the usual one.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# BOS and EOS of classes that have them where the config is silent; null there means none.
+_CLASS_TOKENS: Mapping[str, tuple[str | None, str]] = {
+    "CodeLlamaTokenizer": ("<s>", "</s>"),
+    "CohereTokenizer": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "GPT2Tokenizer": ("<|endoftext|>", "<|endoftext|>"),
+    "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>"),
+    "GemmaTokenizer": ("<bos>", "<eos>"),
+    "LlamaTokenizer": ("<s>", "</s>"),
+    "Qwen2Tokenizer": (None, "<|endoftext|>"),
+}
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -61,6 +71,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
+        before_5_21: bool = False,
     ) -> str:
         """Render a chat to the prompt's text.
 
@@ -73,6 +84,8 @@ class ChatTemplate:
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: End inside the last message, after its
                 ``content`` or the field named here.
+            before_5_21: As transformers did before 5.21: None stays a value, and
+                a message's reasoning goes by no other name than its own.
 
         Raises:
             RenderError: The chat is empty, or the template refuses it or fails on it.
@@ -83,18 +96,20 @@ class ChatTemplate:
             )
         if continue_final_message and add_generation_prompt:
             raise RenderError(_CONTINUE_AND_GENERATE)
-        chat = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in messages
-        ]
+        if not before_5_21:
+            messages = [
+                {key: value for key, value in message.items() if value is not None}
+                for message in messages
+            ]
         return self.render_as_given(
-            chat,
+            messages,
             now=now,
             tools=tools,
             documents=documents,
             variables=variables,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            before_5_21=before_5_21,
         )
 
     def render_as_given(
@@ -107,6 +122,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
+        before_5_21: bool = False,
         spans: list[tuple[int, int]] | None = None,
     ) -> str:
         """Render without the checks of `render`; None stays a value.
@@ -114,7 +130,8 @@ class ChatTemplate:
         ``spans``, where given, receives the start and end, in characters, of each
         ``{% generation %}`` block: what the assistant wrote.
         """
-        chat = [_alias_reasoning(message) for message in messages]
+        prepare = dict if before_5_21 else _alias_reasoning
+        chat = [prepare(message) for message in messages]
         given = {
             "messages": chat,
             "tools": tools,
@@ -247,7 +264,9 @@ def collect_special_tokens(
 
     Unset ones are left out: to a template they are undefined, not None.
     """
-    found = dict(tokenizer_config)
+    tokenizer_class = str(tokenizer_config.get("tokenizer_class")).removesuffix("Fast")
+    bos, eos = _CLASS_TOKENS.get(tokenizer_class, (None, None))
+    found = {"bos_token": bos, "eos_token": eos, **tokenizer_config}
     if "added_tokens_decoder" not in tokenizer_config:
         found.update(special_tokens_map or {})
     extra = found.get("extra_special_tokens")

@@ -85,6 +85,12 @@ class PromptTokenizer:
             self._reference = _Reference(self._text, self._cache_bytes)
         return self._reference.encode(text, add_special_tokens)
 
+    def strings(self, tokens: Tokens) -> list[str]:
+        """Return what each id is called in the vocabulary, such as ``Ġthe``."""
+        backend = self._fast or self._reference
+        assert backend is not None  # noqa: S101 - one of the two is always there
+        return [backend.tokenizer.id_to_token(token) or "" for token in tokens.tolist()]
+
 
 def _is_failure(error: BaseException) -> bool:
     # A panic in Rust arrives as a BaseException whose class cannot be imported.
@@ -108,13 +114,13 @@ class _Fast:
     def __init__(self, text: str, cache_bytes: int) -> None:
         if fastokens is None:
             raise ModuleNotFoundError("it is not installed")
-        self._tokenizer = fastokens.Tokenizer.from_json_str(text)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_segment_cache(cache_bytes)
+        self.tokenizer = fastokens.Tokenizer.from_json_str(text)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_segment_cache(cache_bytes)
 
     def encode(self, text: str, add_special_tokens: bool) -> Tokens:
-        ids, _ = self._tokenizer.encode_batch_flat([text], add_special_tokens)
+        ids, _ = self.tokenizer.encode_batch_flat([text], add_special_tokens)
         return np.frombuffer(ids, dtype=np.uint32)
 
 

@@ -13,6 +13,9 @@ from kvcore.errors import InvalidFieldError
 
 Json = Any
 
+_TOOL = ("function", "type")
+_FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
+
 
 def requested_tools(
     request: Mapping[str, Json], *, exclude_when_none: bool = False
@@ -33,7 +36,9 @@ def requested_tools(
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
-        if name not in [tool["function"]["name"] for tool in normal]:
+        if choice.get("type", "function") != "function" or name not in [
+            tool["function"]["name"] for tool in normal
+        ]:
             raise InvalidFieldError("tool_choice", "names none of the tools")
     elif choice not in (None, "none", "auto", "required"):
         raise InvalidFieldError("tool_choice", 'must be "none", "auto", "required" or a tool')
@@ -50,6 +55,12 @@ def _normal_tool(tool: Json, field: str) -> dict[str, Json]:
         if not isinstance(function.get(key), (kind, type(None))):
             raise InvalidFieldError(f"{field}.function.{key}", "has the wrong type")
     defer = tool.get("defer_loading")
+    for key, value in (
+        ("function.defer_loading", function.get("defer_loading")),
+        ("defer_loading", defer),
+    ):
+        if not isinstance(value, (bool, type(None))):
+            raise InvalidFieldError(f"{field}.{key}", "has the wrong type")
     normal = {key: function.get(key) for key in ("name", "description", "parameters")}
     for key, value in (
         ("strict", function.get("strict")),
@@ -59,6 +70,31 @@ def _normal_tool(tool: Json, field: str) -> dict[str, Json]:
             normal[key] = value
     outer = {} if defer is None else {"defer_loading": defer}
     return {"type": "function", "function": normal, **outer}
+
+
+def developer_tools(tools: Json) -> Json:
+    """Return a developer message's tools in the order of OpenAI's schema, where they follow it.
+
+    Others pass as they are: vLLM does not look at them.
+    """
+    if not isinstance(tools, list) or not all(map(_follows_schema, tools)):
+        return tools
+    return [
+        _reorder({**tool, "function": _reorder(dict(tool["function"]), _FUNCTION_FIELDS)}, _TOOL)
+        for tool in tools
+    ]
+
+
+def _follows_schema(tool: Json) -> bool:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    return (
+        isinstance(function, Mapping)
+        and tool.get("type") == "function"
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("description", ""), str)
+        and isinstance(function.get("parameters", {}), Mapping)
+        and isinstance(function.get("strict"), (bool, type(None)))
+    )
 
 
 def history_calls(calls: Json, field: str) -> list[dict[str, Json]]:
@@ -74,7 +110,12 @@ def history_calls(calls: Json, field: str) -> list[dict[str, Json]]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or call.get("type", "function") != "function":
             raise InvalidFieldError(f"{field}[{at}]", 'must be of type "function"')
-        arguments = _parse_arguments(function.get("arguments"))
+        try:
+            arguments = _parse_arguments(function.get("arguments"))
+        except RecursionError:
+            raise InvalidFieldError(
+                f"{field}[{at}].function.arguments", "are nested too deep"
+            ) from None
         function = _reorder({**function, "arguments": arguments}, ("arguments", "name"))
         prepared.append(_reorder({**call, "function": function}, ("id", "function", "type")))
     return prepared

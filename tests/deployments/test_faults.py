@@ -252,6 +252,24 @@ def test_an_engine_restarted_and_idle_is_cold(context, endpoint):
     asyncio.run(main())
 
 
+def test_an_engine_that_is_gone_is_doubted_at_once(context, endpoint):
+    """It says nothing more, and what it held is gone with it; silence alone tells after 30 s."""
+
+    async def main() -> None:
+        engine = RecordedEngine(context, endpoint)
+        cache = MadeCache(16, clears=0)
+        async with following(endpoint) as subscriber:
+            await publish(engine, cache, 20)
+            await until(lambda: is_exact(subscriber, cache))
+            engine.close()
+            await until(lambda: status(subscriber).state is PodState.PARTIAL, 1.0)
+            assert "connection broke" in (status(subscriber).reason or "")
+            await until(lambda: status(subscriber).blocks == 0)
+            assert status(subscriber).state is PodState.PARTIAL
+
+    asyncio.run(main())
+
+
 def test_a_late_joiner(context, endpoint):
     """A subscriber that comes 500 batches late knows all of them."""
 

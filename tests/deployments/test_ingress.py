@@ -66,6 +66,42 @@ def test_without_an_engine_it_answers_by_itself():
     asyncio.run(main())
 
 
+def test_tokenize_takes_and_gives_what_vllms_does():
+    """Its clients know count, tokens and token_strs, and may send an empty prompt or a chat."""
+
+    async def main():
+        async with _serving({}) as client:
+            asked = {"prompt": "Hello wörld", "return_token_strs": True}
+            _, said = await _post(client, "/tokenize", asked)
+            assert said["token_strs"] == ["Hello", "Ġw", "Ã¶", "r", "ld"]
+            assert said["count"] == len(said["tokens"]) == 5
+            chat = {**_CHAT, "return_token_strs": True, "add_generation_prompt": False}
+            _, said = await _post(client, "/tokenize", chat)
+            assert said["token_strs"][0] == "<|im_start|>"
+            _, said = await _post(client, "/tokenize", {"prompt": ""})
+            assert (said["count"], said["tokens"], said["token_strs"]) == (0, [], None)
+            for body in ({"prompt": [1]}, {"prompt": "a", "n": 1}, {"prompt": "a", "model": 5}):
+                answer, _ = await _post(client, "/tokenize", body)
+                assert answer.status == 400
+
+    asyncio.run(main())
+
+
+def test_a_completion_whose_prompt_the_engine_changes_is_refused_by_name():
+    """A score for the prompt as it was sent would be wrong without a sign."""
+
+    async def main():
+        async with _serving({}) as client:
+            for field, value in (
+                ("suffix", "b"), ("truncate_prompt_tokens", 5), ("prompt_embeds", "AAAA"),
+            ):  # fmt: skip
+                body = {"prompt": "a", field: value}
+                answer, said = await _post(client, "/v1/completions", body)
+                assert (answer.status, said["error"]["param"]) == (400, field)
+
+    asyncio.run(main())
+
+
 def test_an_index_that_does_not_answer_in_time_is_said_and_not_waited_for():
     """Nobody hangs on a stuck indexer: without an engine to route to, it is a 503."""
 

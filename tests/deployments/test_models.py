@@ -151,7 +151,9 @@ def test_only_configured_models_are_loaded_by_default(hub, settings):
         ({}, None),
         ({"config.json": b'{"architectures": ["GptOssForCausalLM"]}'}, "harmony"),
         ({"config.json": b'{"architectures": ["DeepseekV32ForCausalLM"]}'}, "DeepSeek"),
+        ({"config.json": b'{"model_type": "gpt_oss"}'}, "harmony"),
         ({"consolidated.safetensors": b"", "tekken.json": b"{}"}, "mistral-common"),
+        ({"consolidated.00.pth": b"", "tekken.json": b"{}"}, None),
         ({"tekken.json": b"{}"}, None),
     ],
 )
@@ -160,6 +162,18 @@ def test_models_whose_engine_bypasses_jinja_are_recognised(tmp_path, changes, re
     folder = write_folder(tmp_path / "m", {**FILES, **changes})
     model = load_model("m", ModelsSettings(fastokens=False, folders={"m": str(folder)}))
     assert (model.rendered_by or "").split()[:1] == (rendered_by or "").split()[:1]
+
+
+def test_a_processors_own_template_serves_chats_without_tools(tmp_path):
+    """As in vLLM, for multimodal models whose processor was saved before chat_template.jinja."""
+    own = {"chat_template.json": b'{"chat_template": "p"}'}
+    processor = {**FILES, **own, "preprocessor_config.json": b"{}"}
+    for name, files, expected in (("text", {**FILES, **own}, "new"), ("multi", processor, "p")):
+        folder = write_folder(tmp_path / name, files)
+        model = load_model(name, ModelsSettings(fastokens=False, folders={name: str(folder)}))
+        assert model.template().text.split()[0] == expected
+        assert model.template(tools=[]).text.split()[0] == "tools"
+        assert model.choose(named="default").split()[0] == "new"
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,15 @@ def test_an_allowed_template_renders_as_the_models_own_would():
     assert _render(request, **TRUSTING).text == "[system]é[user]hi2025[1]"
 
 
+def test_an_empty_template_is_none(tmp_path):
+    """VLLM takes the model's then, where requests may bring one at all."""
+    models = _model(tmp_path, chat_template__jinja="own")
+    request = {"messages": [USER], "chat_template": ""}
+    assert _render(request, models=models, **TRUSTING).text == "own"
+    with pytest.raises(InvalidFieldError, match="chat_template"):
+        _render(request, models=models)
+
+
 def test_a_template_smuggled_in_the_kwargs_is_refused_even_then():
     """It would not be the one that was checked."""
     request = {"messages": [USER], "chat_template_kwargs": {"chat_template": "x"}}

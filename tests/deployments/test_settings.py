@@ -18,6 +18,10 @@ _LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
         ({"blok_size": 16}, "blok_size"),
         ({"fleet": {"pods": 3}}, "fleet.pods"),
         ({"renderer": {"placement": "somewhere"}}, "renderer.placement"),
+        (
+            {"renderer": {"default_template_kwargs": {"tools": []}}},
+            "renderer.default_template_kwargs",
+        ),
         ({"events": {"pods": [{"name": "a", "event": "tcp://x"}]}}, "events.pods.0.event"),
         ({"block_size": 0}, "block_size"),
         ({"index": {"tier_weights": {"gpu": 2}}}, "index.tier_weights.gpu"),

@@ -72,6 +72,20 @@ def test_a_gap_is_repaired_in_order(joined):
     assert (joined.problem, joined.counters.gaps) == (None, 1)
 
 
+def test_a_publisher_without_history_is_a_new_one(joined):
+    """An engine that was away and came back idle is empty, and that is all there is to know."""
+    joined.interrupted(0.0)
+    for now in (0.0, 10.0, 20.0):
+        assert joined.ask(now) == 2
+        steps = joined.tick(now + 2.0)  # nobody answers
+    assert applied(steps) == ["clear"]
+    assert joined.problem == "the connection broke, and the replay socket does not answer"
+    start, steps = replay(joined, [], 100.0)
+    assert (start, applied(steps)) == (0, ["clear"])
+    replay(joined, [], 100.0)
+    assert joined.problem is None
+
+
 def test_what_a_filled_hole_sets_free_comes_in_portions(joined):
     """Thousands of batches at once would stop every score meanwhile."""
     for seq in range(4, 104):

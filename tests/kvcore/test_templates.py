@@ -268,3 +268,18 @@ def test_special_tokens_are_texts_and_only_those_that_are_set():
     }  # fmt: skip
     listed = {**config, "added_tokens_decoder": {}}
     assert "eos_token" not in collect_special_tokens(listed, {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"tokenizer_class": "GPT2Tokenizer"}, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+        ({"tokenizer_class": "LlamaTokenizerFast", "eos_token": "</e>"}, {"bos_token": "<s>", "eos_token": "</e>"}),
+        ({"tokenizer_class": "GemmaTokenizer", "bos_token": None, "eos_token": None}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {"eos_token": "<|endoftext|>"}),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    ],
+)  # fmt: skip
+def test_a_class_has_its_own_tokens_where_the_config_is_silent(config, expected):
+    """As read from AutoTokenizer of transformers 5.19; a template that writes BOS is off by one else."""
+    assert collect_special_tokens(config) == expected
