@@ -21,6 +21,7 @@ from kvcore.stream_state import PodState, Position, StreamLimits
 log = logging.getLogger(__name__)
 
 _END = b"\xff" * 8
+MAX_RANK = 1024
 
 
 class PodStatus(NamedTuple):
@@ -47,6 +48,7 @@ class Follower:
         pod: str,
         rank: int,
         *,
+        names_itself: bool,
         replay: str | None,
         model: str | None,
         curve: CurveSettings | None,
@@ -78,39 +80,32 @@ class Follower:
         self._context, self._loop, self._wake = context, loop, wake
         self._wall_clock, self._changed = wall_clock, changed
         self._shown: tuple[str | None, ...] = ()  # the reasons when somebody was last told
-        self._feeds: dict[int, Feed] = {}
+        self._names_itself = self._may_name_itself = names_itself  # its rank: with its first batch
+        self._feed = self._make_feed(rank)
         self._socket: zmq.Socket | None = None
         self._is_reply_open = False
         self._accusation: str | None = None
         self._started_at = now
-        self._losses_forgiven = 0
-        self._losses = 0
         self._state: PodState | None = None
         self._since = 0.0
-        self.feed(rank)
         if replay is not None:
             self._open_socket()  # a malformed endpoint shows here, not at the first loss
 
-    def feed(self, rank: int) -> Feed:
-        """Return the feed of a rank; a publisher has one, unless it names another itself."""
-        feed = self._feeds.get(rank)
-        if feed is None:
-            feed = Feed(
-                self._index,
-                self.pod,
-                rank,
-                model=self._model,
-                block_size=self._settings.block_size,
-                model_root=self._model_root,
-            )
-            self._feeds[rank] = feed
-        return feed
+    def _make_feed(self, rank: int) -> Feed:
+        return Feed(
+            self._index,
+            self.pod,
+            rank,
+            model=self._model,
+            block_size=self._settings.block_size,
+            model_root=self._model_root,
+        )
 
     def learn_model(self, model: str | None) -> None:
         """Take the topic's model where the settings leave it open."""
         if self._is_model_open and model is not None:
             self._is_model_open, self._is_model_learned = False, True
-            self._model = self.feed(self.rank).model = model
+            self._model = self._feed.model = model
 
     def accuse(self, reason: str) -> None:
         """Note something that only a misconfigured or hostile pod does."""
@@ -124,8 +119,7 @@ class Follower:
             "model": self._model,
             "is_model_learned": self._is_model_learned,
             "rank": self.rank,  # as the batches say
-            "doubts": [[rank, feed.doubt] for rank, feed in self._feeds.items()],
-            "losses_forgiven": self._losses_forgiven,
+            "doubts": [[self.rank, self._feed.doubt]],
         }
 
     def resume(self, position: dict[str, Any]) -> None:
@@ -136,13 +130,11 @@ class Follower:
             Position(*position["stream"])
         )
         for rank, doubt in position["doubts"]:
-            feed = self.feed(rank)
             if is_kept:
-                feed.doubt = doubt
+                self._be_rank(rank)
+                self._feed.doubt, self._may_name_itself = doubt, False
             else:
-                feed.clear()
-        if is_kept:
-            self.rank, self._losses_forgiven = position["rank"], position["losses_forgiven"]
+                self._index.clear_pod(self.pod, rank)
 
     # -- messages
 
@@ -156,9 +148,9 @@ class Follower:
         """Take a live message."""
         self._carry_out(self.stream.receive(seq, payload, batch, now))
 
-    def note_damage(self, now: float) -> None:
-        """Note a live message that could not be read."""
-        self._carry_out(self.stream.damaged(now))
+    def note_damage(self, seq: int | None, now: float) -> None:
+        """Note a live message that could not be read; its number is None where that is damaged."""
+        self._carry_out(self.stream.damaged(seq, now))
 
     def note_break(self, now: float) -> None:
         """Note that the connection to the publisher broke."""
@@ -225,32 +217,41 @@ class Follower:
     def _carry_out(self, steps: list[Step]) -> None:
         for step in steps:
             if isinstance(step, Clear):
-                for feed in self._feeds.values():
-                    feed.clear()
-                self._forgive()
+                self._feed.reset()
+                self._accusation, self._may_name_itself = None, self._names_itself
             else:
-                if step.rank is not None:
-                    self.rank = step.rank  # the engine knows better than the settings
-                self._apply(self.feed(self.rank), step)
+                if step.rank in (None, self.rank) or self._may_be(step.rank):
+                    self._apply(step)
                 self.lag_s = self._wall_clock() - step.ts
         if self.stream.has_ready:
             self._wake(self)
-        reasons = (self.stream.problem, self._feeds[self.rank].doubt)
+        reasons = (self.stream.problem, self._feed.doubt)
         if reasons != self._shown:
             self._shown = reasons
             self._changed()
 
-    def _forgive(self) -> None:
-        """Forget what was wrong with blocks that are gone now."""
-        self._losses_forgiven = self._losses
-        self._accusation = None
+    def _may_be(self, rank: int) -> bool:
+        """Let the engine say once which rank it is: it knows better than the settings."""
+        if self._may_name_itself and rank < MAX_RANK:
+            self._be_rank(rank)
+            return True
+        self._feed.counters.refused_batches += 1
+        self.accuse(f"its batches are of rank {rank}, not {self.rank}")
+        return False
 
-    def _apply(self, feed: Feed, batch: EventBatch) -> None:
+    def _be_rank(self, rank: int) -> None:
+        if rank != self.rank:
+            counters = self._feed.counters
+            self.rank, self._feed = rank, self._make_feed(rank)
+            self._feed.counters = counters
+
+    def _apply(self, batch: EventBatch) -> None:
+        feed, self._may_name_itself = self._feed, False
         n_clears = feed.counters.clears
         try:
             feed.apply(batch)
             if feed.counters.clears > n_clears:
-                self._forgive()
+                self._accusation = None
         except Exception:
             # A bug of ours must not stop the pod; what it left behind cannot be trusted.
             log.exception("a batch of pod %s could not be applied", self.pod)
@@ -262,25 +263,23 @@ class Follower:
 
     def state(self, now: float, waiting: int, losses: int) -> tuple[PodState, str | None]:
         """Return the state and its reason; ``losses`` are blocks the index could not keep."""
-        self._losses = losses
         heard_at = self.stream.heard_at
         if heard_at is None:
             return PodState.SILENT, "nothing heard yet"
-        problem = self._problem(waiting)
+        problem = self._problem(waiting, losses)
         if now - heard_at > self._settings.silent_after_s:
             reason = f"nothing heard for {now - heard_at:.0f} s"
             return PodState.SILENT, f"{reason}; {problem}" if problem else reason
         return (PodState.PARTIAL, problem) if problem else (PodState.EXACT, None)
 
-    def _problem(self, waiting: int) -> str | None:
-        doubts = [feed.doubt for feed in self._feeds.values() if feed.doubt is not None]
-        problem = self.stream.problem or self._accusation or (doubts[0] if doubts else None)
+    def _problem(self, waiting: int, losses: int) -> str | None:
+        problem = self.stream.problem or self._accusation or self._feed.doubt
         if problem is not None:
             return problem
         if waiting:
             return f"{waiting} blocks wait for their parent"
-        if self._losses > self._losses_forgiven:
-            return f"the index had no room for {self._losses - self._losses_forgiven} blocks"
+        if losses:
+            return f"the index had no room for {losses} blocks"
         return None
 
     def status(self, now: float, blocks: int, waiting: int, losses: int) -> PodStatus:
@@ -290,7 +289,7 @@ class Follower:
             self._state, self._since = state, self._wall_clock()
         counters = {
             **asdict(self.stream.counters),
-            **asdict(self.feed(self.rank).counters),
+            **asdict(self._feed.counters),
             "waiting_blocks": waiting,
             "dropped_blocks": losses,
         }

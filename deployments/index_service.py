@@ -25,6 +25,7 @@ from kvcore.scorer import score
 from kvcore.stream_state import PodState
 
 _log = logging.getLogger("ray.serve")
+_MAX_REMEMBERED = 1024  # characters that name a namespace; a salt is as long as a client likes
 _REASONS_TOLD = 3  # in one answer; /pods tells all
 
 
@@ -38,7 +39,7 @@ class IndexService:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._index, note = self._restored()
-        self._root = lru_cache(maxsize=4096)(self._namespace)
+        self._short_root = lru_cache(maxsize=4096)(self._namespace)
         follow = settings.subscriber
         added = [PodEndpoint.model_validate(pod) for pod in note.get("added", ())]
         configured = {pod.name for pod in follow.pods}
@@ -189,6 +190,10 @@ class IndexService:
         )
         self._publish(query, answer)
         return answer
+
+    def _root(self, model: str, lora: str | None, salt: str | None) -> int:
+        is_short = len(model) + len(lora or "") + len(salt or "") <= _MAX_REMEMBERED
+        return (self._short_root if is_short else self._namespace)(model, lora, salt)
 
     def _namespace(self, model: str, lora: str | None, salt: str | None) -> int:
         size = self._settings.block_size

@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from deployments.follower import Follower, PodStatus
+from deployments.follower import MAX_RANK, Follower, PodStatus
 from deployments.inlet import Inlet
 from deployments.settings import EventsSettings, PodEndpoint
 from deployments.sockets import close_socket, guard, parse_topic, rank_endpoint
@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 
 _TIMER_S = 0.05
 _TURN_MESSAGES = 16  # of one socket, before the next one has its turn
-_MAX_RANK = 1024
 _MAX_NAME = 256  # characters of a pod that names itself
-_MAX_SEQ = 1 << 63
+_MAX_TOPIC = 1024  # bytes; a longer one names nothing
 _NONE = [0, 0, 0]
 
 
@@ -157,10 +156,10 @@ class Subscriber:
             self.remove_pod(pod.name)
         if pod.events is None and self._bound is None:
             raise InvalidInputError(f"pod {pod.name} has no events endpoint, and nothing is bound")
-        if len({name for name, _ in self._followers}) >= self._settings.max_pods:
+        if len({name for name, _ in self._followers} - {pod.name}) >= self._settings.max_pods:
             raise InvalidInputError(f"more than {self._settings.max_pods} pods")
         self._removed.discard(pod.name)
-        if (pod.name, 0) in self._followers:  # discovered before, now configured
+        if any(name == pod.name for name, _ in self._followers):  # discovered, now configured
             self._unfollow(pod.name)
         self._pods[pod.name] = pod
         try:
@@ -204,6 +203,7 @@ class Subscriber:
             self._index,
             name,
             rank,
+            names_itself=pod is not None and pod.events is not None and pod.ranks == 1,
             replay=rank_endpoint(pod.replay, rank) if pod and pod.replay else None,
             model=(pod.model if pod else None) or model,
             curve=pod.curve if pod else None,
@@ -302,22 +302,23 @@ class Subscriber:
 
     def _take(self, inlet: Inlet, frames: list[bytes], now: float) -> None:
         batch: EventBatch | None = None
-        seq = int.from_bytes(frames[1], "big") if len(frames) == 3 else _MAX_SEQ
-        if seq < _MAX_SEQ and len(frames[1]) == 8:
+        seq: int | None = None
+        if len(frames) == 3 and len(frames[1]) == 8 and frames[1][0] < 0x80:
+            seq = int.from_bytes(frames[1], "big")
             with contextlib.suppress(EventDecodeError):  # counted as damaged below
                 batch = self._decode(frames[2])
         follower = self._whose(inlet, frames[0], batch)
         if follower is None:
             return
-        if batch is None:
-            follower.note_damage(now)
+        if seq is None or batch is None:
+            follower.note_damage(seq, now)
         else:
             follower.take(seq, frames[2], batch, now)
         if follower.stream.problem is not None:
             follower.ask(now)
 
     def _whose(self, inlet: Inlet, topic: bytes, batch: EventBatch | None) -> Follower | None:
-        pod, model = parse_topic(topic)
+        pod, model = parse_topic(topic) if len(topic) <= _MAX_TOPIC else (None, None)
         if inlet.pod is None:
             return self._whose_bound(pod, model, batch)
         follower = self._followers[inlet.pod, inlet.rank]
@@ -337,20 +338,19 @@ class Subscriber:
         if pod is None or pod in self._removed or len(pod) > _MAX_NAME:
             self.counters.unattributed += 1
             return None
+        if self._has_inlet(pod):  # whom we connect to has no business here
+            self.counters.refused_claims += 1
+            return None
         rank = batch.rank if batch is not None and batch.rank is not None else 0
         known = self._followers.get((pod, rank))
         if known is not None:
             known.learn_model(model)
             return known
-        if batch is None or self._has_inlet(pod):
-            # Nothing readable to tell a rank by, or the name of a pod that we connect to.
-            self.counters.unattributed += batch is None
-            self.counters.refused_claims += batch is not None
+        if batch is None:  # nothing readable to tell a rank by
+            self.counters.unattributed += 1
             return None
-        n_pods = len({name for name, _ in self._followers})
-        if rank >= _MAX_RANK or (
-            n_pods >= self._settings.max_pods and (pod, 0) not in self._followers
-        ):
+        others = {name for name, _ in self._followers} - {pod}
+        if rank >= MAX_RANK or len(others) >= self._settings.max_pods:
             self.counters.refused_pods += 1
             return None
         return self._follow(pod, rank, self._pods.get(pod), model)

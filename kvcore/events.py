@@ -26,6 +26,7 @@ _STORED_FIELDS += ["medium", "lora_name", "extra_keys", "group_idx", "kv_cache_s
 _STORED_FIELDS += ["kv_cache_spec_sliding_window", "locality", "ownership", "session_id"]
 _REMOVED_FIELDS = ["block_hashes", "medium", "group_idx", "locality", "ownership"]
 _BATCH_FIELDS = ["ts", "events", "data_parallel_rank"]
+_READ_BEFORE = frozenset(["type", *_STORED_FIELDS[:4]])  # by the kernel
 _HASH_MASK = (1 << 64) - 1
 _MAX_CACHED_BYTES = 512  # of an event's lesser fields
 _MAX_KEPT_BYTES = 1 << 20  # a decoder's arrays are for messages up to this size
@@ -155,6 +156,8 @@ def _rest_of_short(kind: int, is_map: int, n_fields: int, data: bytes) -> tuple[
     header = bytes([(0x80 if is_map else 0x90) | n_fields])
     names = _REMOVED_FIELDS[1:] if kind == kernel.REMOVED else _STORED_FIELDS[4:]
     fields = _name_fields(_unpack(header + data), names)
+    if not _READ_BEFORE.isdisjoint(fields):
+        raise ValueError("a field comes twice")  # and the library takes the last one
     if kind == kernel.STORED:
         return _stored_rest(fields)
     return _removed_rest(fields) if kind == kernel.REMOVED else ()
@@ -313,9 +316,9 @@ def _tokens(values: Any) -> tuple[Tokens, bool]:
     is_bigram = isinstance(values[0], list)
     if is_bigram:
         values = [first for first, _ in values]
+    if not all(type(value) is int for value in values):
+        raise TypeError("token_ids are not integers")  # one string makes numpy's all as long
     tokens = np.array(values)
-    if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
-        raise TypeError("token_ids are not integers")
     if tokens.min() < 0 or tokens.max() >= 1 << 32:
         raise ValueError("a token id is out of range")
     return tokens.astype(np.uint32), is_bigram

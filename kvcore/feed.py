@@ -7,6 +7,7 @@ cannot be indexed exactly leaves a doubt that the pod's state shows until its ca
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -19,13 +20,13 @@ from kvcore.events import (
     EventBatch,
     Hashes,
 )
-from kvcore.hashing import hash_blocks
 from kvcore.index import BlockIndex
 from kvcore.tokens import Tokens
 
 ModelRoot = Callable[[str, str | None, str | None], int]  # (model, adapter, salt) -> namespace
 
 MAX_HOLDERS = 64  # of one rank
+MAX_WORD = 256  # characters of a tier's name, and of an adapter and a salt that are remembered
 DEFAULT_TIER = "gpu"  # engines before the medium field had no other
 
 _FULL_KINDS = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
@@ -45,6 +46,7 @@ class FeedCounters:
     refused_events: int = 0  # of another block size, or whose parts do not fit
     unknown_removals: int = 0  # blocks the holder did not have
     unresolved_blocks: int = 0  # named by hash alone, and never seen before
+    refused_batches: int = 0  # of another rank
     failed_batches: int = 0  # by a bug of ours
     replaced_blocks: int = 0  # engine hashes that named another block before
 
@@ -67,7 +69,10 @@ class Feed:
         self.counters = FeedCounters()
         self.doubt: str | None = None  # the first reason why the blocks are not exact
         self._holders: dict[tuple[str | None, int | None], int] = {}
-        self._windowed: set[int] = set()  # groups with a sliding window
+        # What is known of groups outlives this process, in the index's snapshot.
+        windows = {g: n for (p, r, g), n in index.windows.items() if (p, r) == (pod, rank)}
+        self._windowed = {g for g, n in windows.items() if n}  # of which the last blocks count
+        self._full = {g for g, n in windows.items() if not n}
         self._attention: dict[int, tuple[str | None, int | None]] = {}
         self._roots: dict[tuple[str | None, str | None], int] = {}
 
@@ -96,7 +101,9 @@ class Feed:
         if len(events) < 2:
             return events
         for event in events:
-            if isinstance(event, BlockStored) and event.kv_cache_spec_sliding_window:
+            if isinstance(event, BlockStored) and (
+                event.kv_cache_spec_sliding_window or event.kv_cache_spec_kind == "mamba"
+            ):
                 self._windowed.add(event.group_idx or 0)
         if not self._windowed:
             return events
@@ -113,6 +120,13 @@ class Feed:
         """Drop the rank's blocks, and with them every doubt; return how many there were."""
         self.doubt = None
         return self._index.clear_pod(self.pod, self.rank)
+
+    def reset(self) -> int:
+        """Forget the rank's tiers and groups as well: its engine may come back with others."""
+        self.doubt = None
+        for known in (self._holders, self._windowed, self._full, self._attention):
+            known.clear()
+        return self._index.drop_pod(self.pod, self.rank)
 
     def _store(self, event: BlockStored) -> None:
         self.counters.stored_events += 1
@@ -161,38 +175,27 @@ class Feed:
     ) -> bool:
         """Store blocks of a sliding-window group, whose holes the full group fills.
 
-        Such a group has no blocks outside its windows: neither its parent nor all of its tokens'
-        blocks need be there. Engine hashes are the same in all groups, so the full group, which
-        has them all, tells which blocks are meant. False: it does not know the parent.
+        Such a group has no blocks outside its windows, nor mamba where no state was kept: neither
+        its parent nor all of its tokens' blocks need be there. Engine hashes are the same in all
+        groups, so the full group, which has them all, tells which blocks are meant. False: it does
+        not know the parent.
         """
-        groups = [g for g, (kind, _) in self._attention.items() if kind in _FULL_KINDS]
-        full = self._holder(event.medium, min(groups, default=0))
-        parent, size = event.parent_block_hash, self._block_size
-        if parent is not None:
-            root = self._index.key_of(holder, parent) or self._index.key_of(full, parent)
-            if root is None:
-                return False
-        if len(event.block_hashes) * size == event.token_ids.size:
+        full = self._holder(event.medium, min(self._full, default=0))
+        if len(event.block_hashes) * self._block_size == event.token_ids.size:
+            parent = event.parent_block_hash
+            if parent is not None:
+                root = self._index.key_of(holder, parent) or self._index.key_of(full, parent)
+                if root is None:
+                    return False
             self._store_run(holder, event.block_hashes, None, event.token_ids, root, extras)
             return True
-        keys = hash_blocks(
-            event.token_ids, block_size=size, root=root, extras=extras, seed=self._index.seed
-        ).tolist()
-        names = list(event.block_hashes)
+        names = event.block_hashes
         known = [self._index.key_of(full, n if isinstance(n, bytes) else int(n)) for n in names]
-        place = {key: number for number, key in enumerate(keys)}
-        for name, key in zip(names, known, strict=True):
-            if key not in place:
-                raise InvalidInputError("a sliding group names a block that the full one does not")
-            at = place[key]
-            self._store_run(
-                holder,
-                [name] if isinstance(name, bytes) else np.array([name], dtype=np.uint64),
-                None,
-                event.token_ids[at * size : (at + 1) * size],
-                keys[at - 1] if at else root,
-                {0: extras[at]} if extras and at in extras else None,
-            )
+        keys = [key for key in known if key is not None]
+        if len(keys) < len(known):
+            raise InvalidInputError("a sliding group names a block that the full one does not")
+        self._index.store_keys(holder, names, np.array(keys, dtype=np.uint64))
+        self.counters.blocks_stored += len(names)
         return True
 
     def _remove(self, event: BlockRemoved) -> None:
@@ -207,6 +210,8 @@ class Feed:
         if holder is None:
             if len(self._holders) >= MAX_HOLDERS:  # a pod must not use up all that there are
                 raise InvalidInputError(f"a rank has at most {MAX_HOLDERS} tiers and groups")
+            if len(medium or "") > MAX_WORD:
+                raise InvalidInputError(f"the name of a tier has {len(medium or '')} characters")
             tier = (medium or DEFAULT_TIER).lower()
             holder = self._index.holder(self.pod, self.rank, tier, group or 0)
             self._holders[medium, group] = holder
@@ -217,18 +222,21 @@ class Feed:
         said = (event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window)
         if self._attention.get(group) == said or said == (None, None):
             return
-        self._attention[group] = said
         kind, window = said
+        if kind is not None and len(kind) > MAX_WORD:
+            raise InvalidInputError(f"the kind of a cache group has {len(kind)} characters")
+        self._attention[group] = said
         if window:
-            self._windowed.add(group)
             blocks = max(1, -(-(window - 1) // self._block_size))
-        elif kind is None or kind in _FULL_KINDS:
-            blocks = None
         elif kind == "mamba":
             blocks = 1  # a state is reusable exactly where it was kept
         else:
             blocks = None
-            self._doubt(f"cache group {group} is of kind {kind}, taken as full attention")
+            if kind is not None and kind not in _FULL_KINDS:
+                self._doubt(f"cache group {group} is of kind {kind}, taken as full attention")
+        known, other = (self._windowed, self._full) if blocks else (self._full, self._windowed)
+        known.add(group)
+        other.discard(group)
         self._index.set_window(self.pod, self.rank, group, blocks)
 
     def _namespace(self, event: BlockStored) -> tuple[int | None, dict[int, bytes] | None]:
@@ -238,7 +246,10 @@ class Feed:
             adapter = str(event.lora_id)  # engines before lora_name
         keys: list[list[str]] = []
         if event.extra_keys and any(event.extra_keys):
-            keys = [[k for k in block or () if k != adapter] for block in event.extra_keys]
+            keys = [list(block or ()) for block in event.extra_keys]
+            for block in keys:
+                if block and block[0] == adapter:  # which comes first; a salt may be called so too
+                    del block[0]
         if event.parent_block_hash is not None:
             return None, _extras(keys)
         salt = event.cache_salt
@@ -246,9 +257,11 @@ class Feed:
             salt = _take_salt(keys)
         root = self._roots.get((adapter, salt))
         if root is None:
-            if len(self._roots) >= 4096:  # salts come and go
-                self._roots.clear()
-            root = self._roots[adapter, salt] = self._model_root(self.model, adapter, salt)
+            root = self._model_root(self.model, adapter, salt)
+            if len(adapter or "") + len(salt or "") <= MAX_WORD:
+                if len(self._roots) >= 4096:  # salts come and go
+                    self._roots.clear()
+                self._roots[adapter, salt] = root
         return root, _extras(keys)
 
     def _doubt(self, reason: str) -> None:
@@ -261,8 +274,12 @@ class Feed:
 
 
 def block_extra(keys: Sequence[str]) -> bytes:
-    """Return the bytes that multimodal keys add to a block; requests must use the same."""
-    return "\x1f".join(keys).encode()
+    """Return the bytes that multimodal keys add to a block; requests must use the same.
+
+    They are kept while a block waits for its parent: many, or long ones, are digested.
+    """
+    joined = "\x1f".join(keys).encode()
+    return joined if len(joined) <= MAX_WORD else sha256(joined).digest()
 
 
 def _extras(keys: list[list[str]]) -> dict[int, bytes] | None:

@@ -165,6 +165,16 @@ class BlockIndex:
             return ONE_STORED  # nine of ten events
         return StoreResult(names.size, 0, joined, replaced)
 
+    def store_keys(self, holder: int, hashes: EngineHashes, keys: BlockKeys) -> None:
+        """Add one copy of each block whose key is known, whatever it follows."""
+        names, wide = encode(hashes)
+        self.memory.use_keys(names.size)[: names.size] = keys
+        self._header[m.LAST_ROW] = 0
+        self.store_rest(self.members.bit(holder), names, wide, 0)
+        if self.waiting.runs:
+            self._join(self.members.names[holder].scope, decode(names, wide))
+        self.settle(names.size)
+
     def store_known(self, holder: int, hashes: EngineHashes) -> int:
         """Add one copy of blocks named without tokens; return how many names are unknown.
 
@@ -297,12 +307,19 @@ class BlockIndex:
         self.settle(0)
         return dropped
 
-    def drop_pod(self, pod: str) -> int:
-        """Drop a pod that is gone for good, with its holder ids; return how many blocks it held."""
-        dropped = self.clear_pod(pod)
-        for scope in self._scopes_of(pod, None):
+    def drop_pod(self, pod: str, rank: int | None = None) -> int:
+        """Drop a pod, or a rank, that is gone for good, with its holder ids and windows.
+
+        Returns how many blocks it held.
+        """
+        dropped = self.clear_pod(pod, rank)
+        for scope in self._scopes_of(pod, rank):
             self.members.forget(scope)
-        self.windows = {scope: n for scope, n in self.windows.items() if scope[0] != pod}
+        self.windows = {
+            scope: n
+            for scope, n in self.windows.items()
+            if scope[0] != pod or rank not in (None, scope[1])
+        }
         return dropped
 
     def _scopes_of(self, pod: str, rank: int | None) -> list[Scope]:

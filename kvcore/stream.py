@@ -56,7 +56,8 @@ class Stream:
         self._held_bytes = 0
         self._seen_seq = -1  # highest number known to exist
         self._is_joined = False  # next_seq means something
-        self._is_suspect = False  # the connection broke: prove that it is the same publisher
+        self._suspicion: str | None = None  # the publisher has to prove that nothing is missing
+        self._replayed_to: int | None = None  # in a reply that has not ended
         self._is_rebuilding = False
         self._n_rebuilds = 0  # fruitless ones
         self._asked_from: int | None = None
@@ -76,20 +77,21 @@ class Stream:
         """Why the stream is not exact now, or None."""
         if self.lost is not None:
             return self.lost
-        if self._is_suspect:
-            return "the connection broke; the publisher is being verified"
-        if not self._is_joined:
-            return "history is being replayed" if self.has_replay else "nothing received yet"
-        if self.has_ready:
-            return "batches behind a filled hole are being applied"
-        if self._has_hole():
-            return f"waiting for batch {self.next_seq}"
+        if self._suspicion is not None:
+            return f"{self._suspicion}; the publisher is being verified"
+        if not self._is_joined and not self.has_replay:
+            return "nothing received yet"
+        if self._is_joined and (self.has_ready or self._has_hole()):
+            is_filled = "batches behind a filled hole are being applied"
+            return is_filled if self.has_ready else f"waiting for batch {self.next_seq}"
+        if not self._is_joined or self._replayed_to == self.next_seq:
+            return "history is being replayed"
         return None
 
     @property
     def has_ready(self) -> bool:
         """Whether held batches can be applied now: `go_on`."""
-        return self.next_seq in self._held and self._is_joined and not self._is_suspect
+        return self.next_seq in self._held and self._is_joined and self._suspicion is None
 
     @property
     def last_seq(self) -> int | None:
@@ -113,7 +115,7 @@ class Stream:
         self._last = Mark(*position.last)
         self.lost = position.lost
         self._seen_seq = self.next_seq - 1
-        self._is_joined = self._is_suspect = True
+        self._is_joined, self._suspicion = True, "the process restarted"
         return True
 
     # -- what arrives
@@ -122,11 +124,11 @@ class Stream:
         """Take one live message."""
         self.counters.received += 1
         self.heard_at = now
-        if seq == self.next_seq and self._is_joined and not self._is_suspect:
-            if not self._held and self._hole_since is None:
-                return self._apply(payload, batch)
-            if not self.has_ready:
-                return self._apply(payload, batch) + self._drain()
+        is_next = seq == self.next_seq and self._is_joined and self._suspicion is None
+        if is_next and not (self._held and self.has_ready):
+            steps = self._apply(payload, batch)
+            is_quiet = not self._held and self._hole_since is None
+            return steps if is_quiet else steps + self._drain()
         if not self._is_joined:
             return self._join(seq, payload, batch, now)
         if seq < self.next_seq:
@@ -135,11 +137,11 @@ class Stream:
         steps: list[Step] = []
         if self._is_full(payload) and not self.has_replay and not self.has_ready:
             steps = self._give_up(now)  # waiting longer would only lose more
+            if seq < self.next_seq:
+                return steps + self._revisit(seq, payload, batch, now)
         self._hold(seq, payload, batch)
-        if self._hole_since is None and self._has_hole():
-            self.counters.gaps += 1
-            self._hole_since = now
-        if self._is_suspect:  # it waits until the publisher has proved itself
+        self._note_hole(now)
+        if self._suspicion is not None:  # it waits until the publisher has proved itself
             self._next_ask_at = min(self._next_ask_at, now)
             return steps
         return steps + self._drain()
@@ -160,7 +162,9 @@ class Stream:
             steps = self._begin_again(payload, batch, now)
         elif seq == self.next_seq - 1 and self._last_mark() is not None:
             if self._last_mark() == Mark.of(payload):
-                self._is_anchored, self._is_suspect = True, False
+                if self._suspicion is not None:
+                    self._suspicion, self._replayed_to = None, self.next_seq
+                self._is_anchored = True
                 steps = self._drain()
             else:
                 steps = self._restart("the publisher restarted", now)
@@ -174,9 +178,11 @@ class Stream:
             and (self._is_anchored or not self._is_joined)
         ):
             self._is_joined = self._is_anchored = True
-            steps = [*self._apply(payload, batch), *self._drain()]
+            steps = [*self._apply(payload, batch), *self._pass(seq)]
         else:
             self._hold(seq, payload, batch)
+        if any(isinstance(step, EventBatch) for step in steps):
+            self._replayed_to = self.next_seq
         return steps
 
     def reply_ended(self, now: float) -> list[Step]:
@@ -189,9 +195,7 @@ class Stream:
             return self._end_join(now)
         if self._is_rebuilding and self._reply_first is None and self.next_seq > 0:
             return self._restart("the publisher has no history: it restarted", now)
-        if self._is_rebuilding:
-            self._n_rebuilds += 1  # its history no longer begins at 0, or the reply lost that
-            self._is_rebuilding = False
+        self._is_rebuilding = False
         if self._last_mark() is not None and not self._is_anchored:
             return self._end_unanchored(now)
         if not self._has_hole():
@@ -199,24 +203,33 @@ class Stream:
             return []
         return self._end_fruitless(now)
 
-    def damaged(self, now: float) -> list[Step]:
+    def damaged(self, seq: int | None, now: float) -> list[Step]:
         """Count a live message that could not be read: what it held must be asked for."""
         self.counters.damaged += 1
         self.heard_at = now
         self._next_ask_at = now
-        return [] if self.has_replay else self._lose("a message could not be read")
+        if seq is not None and seq >= self.next_seq:
+            self._seen_seq = max(self._seen_seq, seq)
+            self._note_hole(now)
+            return []
+        if not self.has_replay:
+            return self._lose("a message could not be read")
+        self._suspect("a message could not be read")
+        return []
 
     def interrupted(self, now: float) -> list[Step]:
         """Note that the connection broke: a restarted engine may hide behind the next number."""
         self._drop_held()  # if the publisher is still the same, it replays them
+        self._asked_from = None  # what is left of this reply may be from before the break
         if not self._is_joined:
+            self._next_ask_at = now
             return []
         if not self.has_replay:
             return self._lose("the connection broke, and there is no replay to ask what was missed")
         self._next_ask_at = now
-        if self._last_mark() is None:  # nothing is applied that a replay could vouch for
-            return self._restart("the connection broke", now) if self.next_seq > 0 else []
-        self._is_suspect = True
+        if self._last_mark() is None and self.next_seq > 0:
+            return self._restart("the connection broke", now)  # no replay could vouch for it
+        self._suspect("the connection broke")
         return []
 
     def go_on(self) -> list[Step]:
@@ -238,12 +251,14 @@ class Stream:
             self.lost is not None
             and not self._held
             and not self._has_hole()
-            and self._n_rebuilds < 2
             and now >= self._next_rebuild_at
         )
         if self._is_rebuilding:
+            # Its history may no longer begin at 0: then this asks ever less often.
             start = 0
-            self._next_rebuild_at = now + self.limits.rebuild_interval_s
+            interval_s = self.limits.rebuild_interval_s * 2 ** min(self._n_rebuilds, 6)
+            self._next_rebuild_at = now + interval_s
+            self._n_rebuilds += 1
         self._asked_from, self._asked_at = start, now
         self._progress = 0
         self._reply_first = None
@@ -279,6 +294,11 @@ class Stream:
         """Whether a batch that exists, and is not held, is missing."""
         return self._seen_seq - self.next_seq + 1 > len(self._held)
 
+    def _note_hole(self, now: float) -> None:
+        if self._hole_since is None and self._has_hole():
+            self.counters.gaps += 1
+            self._hole_since = now
+
     def _apply(self, payload: bytes, batch: EventBatch) -> list[Step]:
         if self.next_seq == 0:
             self._first = Mark.of(payload)
@@ -300,6 +320,13 @@ class Stream:
         else:
             self._held[seq] = (payload, batch)
             self._held_bytes += len(payload)
+
+    def _pass(self, seq: int) -> list[Step]:
+        """Go on behind a batch that is settled; another copy of it may be held."""
+        if seq in self._held:
+            self._held_bytes -= len(self._held.pop(seq)[0])
+            self.counters.duplicates += 1
+        return self._drain()
 
     def _is_full(self, payload: bytes) -> bool:
         return (
@@ -359,7 +386,8 @@ class Stream:
         self._drop_held()
         self.newest_ts = float("-inf")
         self._first = self._last = self._last_payload = None
-        self._is_joined = self._is_suspect = self._is_rebuilding = False
+        self._is_joined = self._is_rebuilding = False
+        self._suspicion = self._replayed_to = None
         self._n_rebuilds = 0
         self.lost = None
         self._asked_from = None  # the rest of this reply is for a position that is no more
@@ -368,10 +396,14 @@ class Stream:
 
     def _begin_again(self, payload: bytes, batch: EventBatch, now: float) -> list[Step]:
         """Rebuild from the first batch on: the whole history is there after all."""
-        asked_from, n_restarts = self._asked_from, self.counters.restarts
+        asked_from, n_restarts, n_rebuilds = (
+            self._asked_from, self.counters.restarts, self._n_rebuilds
+        )  # fmt: skip
+        # What came live since the question may be newer than its reply.
+        seen_seq = self._seen_seq if self._progress or self._held else 0
         steps = self._restart("history is being rebuilt", now)
-        self.counters.restarts = n_restarts
-        self._asked_from = asked_from
+        self.counters.restarts, self._n_rebuilds = n_restarts, n_rebuilds
+        self._asked_from, self._seen_seq = asked_from, seen_seq
         self._is_joined = self._is_anchored = True
         return [*steps, *self._apply(payload, batch)]
 
@@ -393,7 +425,7 @@ class Stream:
             return []
         if self._reply_first is None:
             return self._restart("the publisher no longer knows its last batch", now)
-        if self.next_seq in self._held and not self._is_suspect:
+        if self.next_seq in self._held and self._suspicion is None:
             # Its buffer begins right behind our position, and the connection never broke.
             steps = self._drain()
             self._settle(now)
@@ -405,7 +437,7 @@ class Stream:
             self._attempts = 0
             self._next_ask_at = now
             return []
-        is_needed = self._is_suspect or (self._has_hole() and not self.has_ready)
+        is_needed = self._suspicion is not None or (self._has_hole() and not self.has_ready)
         if is_needed and self._attempts + 1 >= self.limits.max_attempts:
             return self._give_up(now)
         self._back_off(now)
@@ -417,7 +449,9 @@ class Stream:
         self._next_ask_at = now + min(wait_s, self.limits.probe_interval_s)
 
     def _settle(self, now: float) -> None:
-        self._attempts = 0
+        self._attempts, self._replayed_to = 0, None
+        if self.lost is None:
+            self._n_rebuilds = 0
         self._next_ask_at = now + self.limits.probe_interval_s
 
     def _step_over(self, seq: int) -> list[Step]:
@@ -428,7 +462,7 @@ class Stream:
         self.next_seq, self._last, self._last_payload = seq + 1, None, None
         self.counters.lost += 1
         self.lost = f"batch {seq} cannot be read"
-        return [Clear(self.lost), *self._drain()]
+        return [Clear(self.lost), *self._pass(seq)]
 
     def _give_up(self, now: float) -> list[Step]:
         """Go on behind the hole without what was in it."""
@@ -437,12 +471,12 @@ class Stream:
         self.lost = (
             f"batches {self.next_seq} to {target - 1} are lost"
             if missing
-            else "the connection broke, and the replay socket does not answer"
+            else f"{self._suspicion}, and the replay socket does not answer"
         )
         had_any = self.next_seq > 0
         self.counters.lost += missing
         self.next_seq = target
-        self._is_joined, self._is_suspect = True, False
+        self._is_joined, self._suspicion = True, None
         self._settle(now)
         self._next_rebuild_at = now + self.limits.rebuild_interval_s
         self._last = self._last_payload = None
@@ -451,6 +485,13 @@ class Stream:
         if self._has_hole():  # the next one
             self._hole_since = self._next_ask_at = now
         return steps
+
+    def _suspect(self, reason: str) -> None:
+        """Believe nothing newer until a reply has begun with the last applied batch."""
+        if self.next_seq == 0:
+            self._is_joined = False  # or with the first one
+        elif self._last_mark() is not None:
+            self._suspicion = reason
 
     def _lose(self, reason: str) -> list[Step]:
         self.lost = reason

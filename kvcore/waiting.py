@@ -20,10 +20,15 @@ class WaitingRun:
     tokens: Tokens
     block_size: int
     extras: Mapping[int, bytes]
+    n_left: int = 0  # names; kept by the area
 
     def n_blocks(self) -> int:
         """Return how many blocks still wait."""
         return sum(name is not None for name in self.names)
+
+    def n_unnamed(self) -> int:
+        """Return how many blocks have tokens alone: a window has left them behind."""
+        return self.tokens.size // self.block_size - len(self.names)
 
 
 class WaitingArea:
@@ -33,43 +38,52 @@ class WaitingArea:
         self.max_blocks = max_blocks
         self.runs: dict[int, WaitingRun] = {}
         self.dropped: defaultdict[int, int] = defaultdict(int)  # blocks, by holder
-        self.n_blocks = 0
+        self.n_blocks = self.n_unnamed = 0
         self._next = 0
-        self._by_parent: defaultdict[tuple[Scope, EngineHash], list[int]] = defaultdict(list)
-        self._by_name: defaultdict[tuple[int, EngineHash], list[int]] = defaultdict(list)
+        # In order of arrival; dicts, so that taking one out of many costs nothing.
+        self._by_parent: defaultdict[tuple[Scope, EngineHash], dict[int, None]] = defaultdict(dict)
+        self._by_name: defaultdict[tuple[int, EngineHash], dict[tuple[int, int], None]]
+        self._by_name = defaultdict(dict)  # runs, and places in them
 
     def add(self, run: WaitingRun) -> None:
         """Let a run wait, and drop the oldest ones beyond the bound."""
         number, self._next = self._next, self._next + 1
         self.runs[number] = run
-        self.n_blocks += run.n_blocks()
-        self._by_parent[run.scope, run.parent].append(number)
-        for name in run.names:
+        run.n_left = run.n_blocks()
+        self.n_blocks += run.n_left
+        self.n_unnamed += run.n_unnamed()
+        self._by_parent[run.scope, run.parent][number] = None
+        for place, name in enumerate(run.names):
             if name is not None:
-                self._by_name[run.holder, name].append(number)
-        while self.n_blocks > self.max_blocks:
+                self._by_name[run.holder, name][number, place] = None
+        while max(self.n_blocks, self.n_unnamed) > self.max_blocks:
             oldest = self.take(next(iter(self.runs)))
             self.dropped[oldest.holder] += oldest.n_blocks()
 
     def take(self, number: int) -> WaitingRun:
         """Take a run out."""
         run = self.runs.pop(number)
-        self.n_blocks -= run.n_blocks()
+        self.n_blocks -= run.n_left
+        self.n_unnamed -= run.n_unnamed()
         self._forget(self._by_parent, (run.scope, run.parent), number)
-        for name in run.names:
+        for place, name in enumerate(run.names):
             if name is not None:
-                self._forget(self._by_name, (run.holder, name), number)
+                self._forget(self._by_name, (run.holder, name), (number, place))
         return run
 
     def cancel(self, holder: int, name: EngineHash) -> bool:
         """Remove one copy of a block that waits, of the oldest run that has it."""
-        numbers = self._by_name.get((holder, name))
-        if not numbers:
+        found = self._by_name.get((holder, name))
+        if not found:
             return False
-        run = self.runs[numbers[0]]
-        run.names[run.names.index(name)] = None
-        self._forget(self._by_name, (holder, name), numbers[0])
+        number, place = next(iter(found))
+        run = self.runs[number]
+        run.names[place] = None
+        self._forget(self._by_name, (holder, name), (number, place))
         self.n_blocks -= 1
+        run.n_left -= 1
+        if not run.n_left:
+            self.take(number)
         return True
 
     def children(self, scope: Scope, parent: EngineHash) -> list[int]:
@@ -83,7 +97,7 @@ class WaitingArea:
         self.dropped.pop(holder, None)
 
     @staticmethod
-    def _forget(numbers: defaultdict, key: tuple, number: int) -> None:
-        numbers[key].remove(number)
-        if not numbers[key]:
-            del numbers[key]
+    def _forget(entries: defaultdict, key: tuple, entry: int | tuple[int, int]) -> None:
+        del entries[key][entry]
+        if not entries[key]:
+            del entries[key]

@@ -12,7 +12,7 @@ from deployments.index_service import IndexService
 from deployments.schemas import ScoreQuery
 from deployments.settings import PodEndpoint, Settings
 from tests.deployments.test_faults import QUICK, publish, until
-from tests.engine import RecordedEngine
+from tests.engine import RecordedEngine, pack
 from tests.made_cache import BLOCK_SIZE, MadeCache
 
 EVENTS = {name: value for name, value in QUICK.items() if name != "block_size"}
@@ -180,17 +180,31 @@ def test_events_and_scores_go_on_while_snapshots_are_written(context, tmp_path, 
 
 
 def test_what_an_eviction_cost_is_forgiven_once(context, tmp_path, pod):
-    """Blocks that the index had no room for are no reason for doubt after the engine's clear."""
+    """Blocks that the index had no room for are no reason for doubt after the engine's clear.
+
+    Those that it has no room for after that are, be they fewer, and a restart forgets neither.
+    """
 
     async def main() -> None:
-        engine, cache = RecordedEngine(context, pod["events"][: -len(".events")]), MadeCache(4)
-        async with serving(tmp_path, [pod]) as service:
-            await publish(engine, cache, 40)
-            await exact(service, 40)
-            follower = service._subscriber._followers["pod-a", 0]
-            follower._losses_forgiven = 7
-        async with serving(tmp_path, [pod]) as service:
-            assert service._subscriber._followers["pod-a", 0]._losses_forgiven == 7
+        engine, n_sent = RecordedEngine(context, pod["events"][: -len(".events")]), 0
+
+        async def send(*events) -> None:
+            nonlocal n_sent
+            await engine.publish(b"", n_sent, pack([1000.0 + n_sent, events, None]))
+            n_sent += 1
+            await until(lambda: service.pods()[0]["last_seq"] == n_sent - 1)
+
+        tokens = [1] * (3 * BLOCK_SIZE)
+        orphans = ["BlockStored", [1, 2, 3], 99, tokens, BLOCK_SIZE]
+        async with serving(tmp_path, [pod], max_waiting_blocks=0) as service:
+            await send(orphans)
+            await until(lambda: service.pods()[0]["reason"] == "the index had no room for 3 blocks")
+            await send(["AllBlocksCleared"])
+            await until(lambda: state(service) == [("pod-a", "EXACT")])
+            await send(["BlockStored", [1], 99, tokens[:BLOCK_SIZE], BLOCK_SIZE])
+            await until(lambda: service.pods()[0]["reason"] == "the index had no room for 1 blocks")
+        async with serving(tmp_path, [pod], max_waiting_blocks=0) as service:
+            await until(lambda: service.pods()[0]["reason"] == "the index had no room for 1 blocks")
         engine.close()
 
     asyncio.run(main())

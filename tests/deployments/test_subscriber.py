@@ -21,7 +21,7 @@ from kvcore.errors import InvalidInputError
 from kvcore.index import BlockIndex
 from kvcore.stream_state import PodState
 from tests.deployments.test_faults import QUICK, compare, is_exact, publish, status, until
-from tests.engine import RecordedEngine
+from tests.engine import RecordedEngine, pack
 from tests.made_cache import MadeCache, depths, root, truth
 from tests.shared import shared
 
@@ -149,6 +149,91 @@ def test_an_engine_that_names_its_own_rank_is_believed(context, tmp_path):
         await until(lambda: is_exact(subscriber, cache))
         assert [(s.pod, s.rank) for s in subscriber.statuses()] == [("pod-a", 3)]
         assert status(subscriber).blocks > 0
+        engine.close()
+        await subscriber.close()
+
+    asyncio.run(main())
+
+
+def test_batches_of_another_rank_are_refused_and_said(context, tmp_path):
+    """They tell of another cache; a publisher of all ranks in turn must not fill the memory."""
+
+    async def main() -> None:
+        subscriber = make(pods=(pod(tmp_path, "pod-a", ranks=2), pod(tmp_path, "pod-b")))
+        await subscriber.start()
+        engines = [RecordedEngine(context, f"ipc://{tmp_path}/pod-a", rank) for rank in (0, 1)]
+        engines.append(RecordedEngine(context, f"ipc://{tmp_path}/pod-b"))
+        caches = [MadeCache(4, rank=0), MadeCache(5, rank=0)]  # the second is 0 to itself
+        for _ in range(10):
+            for engine, cache in zip(engines, caches, strict=False):
+                await publish(engine, cache, 1)
+        for rank in range(10):
+            await engines[2].publish(b"", rank, pack([1.0, [["BlockRemoved", [1]]], 3 + rank]))
+        await until(lambda: [s.last_seq for s in subscriber.statuses()] == [9, 9, 9])
+        found = [(s.pod, s.rank, s.state.value, s.reason) for s in subscriber.statuses()]
+        assert found == [
+            ("pod-a", 0, "EXACT", None),
+            ("pod-a", 1, "PARTIAL", "its batches are of rank 0, not 1"),
+            ("pod-b", 3, "PARTIAL", "its batches are of rank 12, not 3"),
+        ]
+        assert [s.counters["refused_batches"] for s in subscriber.statuses()] == [0, 10, 9]
+        prompts = caches[0].prompts()
+        assert depths(subscriber._index, "pod-a", prompts) == truth(caches[0], prompts)
+        assert {h.rank for h in subscriber._index.holders().values() if h.pod == "pod-b"} == {3}
+        for engine in engines:
+            engine.close()
+        await subscriber.close()
+
+    asyncio.run(main())
+
+
+def test_the_bound_socket_does_not_speak_for_a_pod_that_we_connect_to(context, tmp_path):
+    """Whoever may send to it could otherwise empty the blocks of every pod."""
+
+    async def main() -> None:
+        subscriber = make(bind=f"ipc://{tmp_path}/bound", pods=(pod(tmp_path, "pod-a"),))
+        await subscriber.start()
+        engine, cache = RecordedEngine(context, f"ipc://{tmp_path}/pod-a"), MadeCache(8, clears=0)
+        await publish(engine, cache, 10)
+        await until(lambda: is_exact(subscriber, cache))
+        socket = context.socket(zmq.XPUB)
+        socket.connect(f"ipc://{tmp_path}/bound")
+        await until(lambda: socket.poll(0))
+        forged = pack([1.0, [["AllBlocksCleared"]], None])
+        socket.send_multipart([b"kv@pod-a@m", (10).to_bytes(8, "big"), forged])
+        socket.send_multipart([b"kv@pod-a@m", (11).to_bytes(8, "big"), b"junk"])
+        await until(lambda: subscriber.counters.refused_claims == 2)
+        assert is_exact(subscriber, cache)
+        assert status(subscriber).counters["damaged"] == 0
+        socket.close(0)
+        engine.close()
+        await subscriber.close()
+
+    asyncio.run(main())
+
+
+def test_a_discovered_pod_of_any_rank_may_be_configured(context, tmp_path):
+    """What was followed without a replay is followed anew, and not twice."""
+
+    async def main() -> None:
+        subscriber = make(bind=f"ipc://{tmp_path}/bound", max_pods=1)
+        await subscriber.start()
+        engine = RecordedEngine(
+            context, f"ipc://{tmp_path}/pod-a", connect=subscriber.bound_endpoint
+        )
+        cache = MadeCache(6, rank=3)
+        await publish(engine, cache, 10)
+        await until(lambda: [s.rank for s in subscriber.statuses()] == [3])
+        engine.close()
+        engine = RecordedEngine(context, f"ipc://{tmp_path}/pod-a")
+        for seq, payload in enumerate(cache.batches):
+            engine.keep(b"", seq, payload)
+        subscriber.add_pod(pod(tmp_path, "pod-a"))
+        await publish(engine, cache, 10)
+        await until(lambda: is_exact(subscriber, cache))
+        assert [(s.pod, s.rank) for s in subscriber.statuses()] == [("pod-a", 3)]
+        prompts = cache.prompts()
+        assert depths(subscriber._index, "pod-a", prompts, 3) == truth(cache, prompts, 3)
         engine.close()
         await subscriber.close()
 

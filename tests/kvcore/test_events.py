@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -316,3 +317,21 @@ def test_a_decoder_reads_a_message_beyond_what_it_keeps():
     (event,) = BatchDecoder().decode(payload).events
     assert isinstance(event, BlockStored)
     assert event.token_ids.tolist() == [70_000] * 400_000
+
+
+@pytest.mark.parametrize("key", ["type", "block_hashes", "parent_block_hash", "token_ids"])
+def test_a_field_that_comes_twice_is_read_alike(key):
+    """Among the fields that the compiled reader passes on may be one that it has read."""
+    raw = {"type": "BlockStored", "block_hashes": [1], "parent_block_hash": 2, "token_ids": [3]}
+    payload = pack([1.0, [raw | {"block_size": 1, "again": None}], None])
+    payload = payload.replace(pack("again"), pack(key))
+    assert plain_batch(decode_batch(payload)) == plain_batch(decode_batch_by_library(payload))
+
+
+def test_a_text_among_the_token_ids_costs_its_own_size():
+    """As one array, 100,000 texts as long as the longest would take 8 GB."""
+    payload = pack([1.0, [["BlockStored", [1], None, [1] * 100_000 + ["x" * 20_000], 4]], None])
+    tracemalloc.start()
+    assert len(decode_batch(payload).skipped) == 1
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()

@@ -289,3 +289,72 @@ def test_a_rank_has_a_bounded_number_of_tiers(feed):
         apply(feed, BlockRemoved(hashes(1), medium=f"tier {number}"))
     assert feed.counters.refused_events == 36
     assert len(feed._index.holders()) == 64
+
+
+def test_a_salt_may_be_called_as_the_adapter_is(feed):
+    """Taken for a repetition of the name, it would share the blocks with all other tenants."""
+    keys = [["ad-one", "ad-one"], ["ad-one"]]
+    event = BlockStored(hashes(1, 2), None, tokens(2), BS, lora_name="ad-one", extra_keys=keys)
+    apply(feed, event)
+    assert cached(feed, tokens(2), adapter="ad-one") == 0
+    assert cached(feed, tokens(2), adapter="ad-one", salt="ad-one") == 2
+
+
+def test_groups_are_known_after_a_restart_of_ours(feed):
+    """A sliding group's first event may name blocks that only the full one has all of."""
+    apply(feed, hybrid(1, 2, 3, group=1, n_blocks=3), hybrid(3, group=0, n_blocks=3))
+    again = Feed(feed._index, "pod-a", 0, model="m", block_size=BS, model_root=root)
+    apply(again, BlockRemoved(hashes(3), group_idx=0))
+    apply(again, hybrid(2, 3, group=0, n_blocks=3))
+    assert (cached(again, tokens(3)), again.doubt) == (3, None)
+
+
+def test_a_restarted_engine_may_have_other_groups(feed):
+    """One that it no longer has would keep every hit from being a hit."""
+    apply(feed, hybrid(1, group=1, n_blocks=1), hybrid(1, group=0, n_blocks=1))
+    feed.reset()
+    apply(feed, BlockStored(hashes(1), None, tokens(1), BS, group_idx=1))
+    assert cached(feed, tokens(1)) == 1
+
+
+def test_a_group_keeps_a_state_where_it_was_saved(feed):
+    """Mamba has no block where no state was kept: its parent is in the full group alone."""
+
+    def mamba(*names, n_blocks, parent=None, start=0):
+        event = hybrid(*names, group=0, n_blocks=n_blocks, parent=parent, start=start)
+        return event._replace(kv_cache_spec_kind="mamba", kv_cache_spec_sliding_window=None)
+
+    apply(feed, mamba(2, n_blocks=2), hybrid(1, 2, group=1, n_blocks=2))
+    assert cached(feed, tokens(2)) == 2
+    apply(feed, BlockRemoved(hashes(2), group_idx=0))
+    full = hybrid(3, group=1, n_blocks=1, parent=2, start=2)
+    apply(feed, mamba(3, n_blocks=1, parent=2, start=2), full)
+    assert (cached(feed, tokens(3)), feed.doubt) == (3, None)
+
+
+def test_a_sliding_group_may_leave_out_a_block_with_an_image(feed):
+    """Extra keys are those of the named blocks alone, and say nothing of the others."""
+    image = {1: block_extra(["img"])}
+    full = hybrid(1, 2, 3, 4, group=1, n_blocks=4)._replace(extra_keys=[None, ["img"], None, None])
+    apply(feed, full, hybrid(1, 3, 4, group=0, n_blocks=4))
+    assert (cached(feed, tokens(4), extras=image), feed.doubt) == (4, None)
+
+
+def test_long_names_are_not_kept(feed):
+    """A tier's name is refused, a salt is used: clients choose it, and it may take megabytes."""
+    apply(feed, BlockStored(hashes(1), None, tokens(1), BS, medium="x" * 1000))
+    assert feed.counters.refused_events == 1
+    salt = "s" * 1000
+    apply(feed, BlockStored(hashes(1), None, tokens(1), BS, cache_salt=salt))
+    assert cached(feed, tokens(1), salt=salt) == 1
+    assert feed._roots == {}
+
+
+def test_long_extra_keys_do_not_take_their_size(feed):
+    """They are kept while a block waits, and no block is worth megabytes."""
+    keys = [["x" * 100_000]]
+    apply(feed, BlockStored(hashes(2), 1, tokens(1, BS), BS, extra_keys=keys))
+    (run,) = feed._index.waiting.runs.values()
+    assert len(run.extras[0]) == 32
+    apply(feed, BlockStored(hashes(1), None, tokens(1), BS))
+    assert cached(feed, tokens(2), extras={1: block_extra(keys[0])}) == 2

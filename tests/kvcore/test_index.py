@@ -1,5 +1,7 @@
 """The index's promises one by one; the stateful test tries what nobody thought of."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -244,3 +246,37 @@ def test_cleared_bits_are_used_again(index):
         index.clear_pod("a")
     assert index.members.n_bits <= 8
     index.check()
+
+
+def test_a_long_run_that_waits_is_removed_in_no_time():
+    """One message stores it and another removes it, last block first: 16 s, once."""
+    index = BlockIndex()
+    holder, n = index.holder("pod-a"), 60_000
+    names = np.arange(1, n + 1, dtype=np.uint64)
+    index.store(holder, names, 0, np.zeros(n, dtype=np.uint32), block_size=1)
+    started = time.perf_counter()
+    assert index.remove(holder, names[::-1]) == 0
+    assert time.perf_counter() - started < 4.0
+    assert index.waiting.n_blocks == 0
+
+
+def test_what_is_removed_while_it_waits_leaves_nothing_behind():
+    """A pod whose head is lost stores and evicts for days."""
+    index = BlockIndex()
+    holder = index.holder("pod-a")
+    for name in range(1, 100):
+        one = np.array([name], dtype=np.uint64)
+        index.store(holder, one, 0, np.zeros(1, dtype=np.uint32), block_size=1)
+        assert index.remove(holder, one) == 0
+    assert not index.waiting.runs
+
+
+def test_tokens_without_names_are_bounded_while_they_wait():
+    """One name may come with the tokens of a million blocks that a window has left behind."""
+    index = BlockIndex(max_waiting_blocks=1000)
+    holder = index.holder("pod-a")
+    for name in range(1, 100):
+        one = np.array([name], dtype=np.uint64)
+        index.store(holder, one, 0, np.zeros(101, dtype=np.uint32), block_size=1)
+    (stats,) = index.holder_stats()
+    assert (stats.waiting, stats.dropped) == (10, 89)

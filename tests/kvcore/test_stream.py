@@ -257,7 +257,7 @@ def test_the_missing_batch_is_taken_even_when_the_store_is_full():
 
 def test_a_batch_that_its_own_publisher_holds_damaged_is_stepped_over(joined):
     """Asking for it again would never end."""
-    joined.damaged(10.0)
+    joined.damaged(3, 10.0)
     start = joined.ask(10.0)
     assert start == 2
     joined.receive_replayed(*message(2), 10.0)
@@ -306,3 +306,121 @@ def test_events_ride_along_untouched(joined):
     removed = BlockRemoved([b"x"])
     (batch,) = joined.receive(*message(3, events=[removed]), 10.0)
     assert batch.events == [removed]
+
+
+def test_a_reply_from_before_a_break_proves_nothing(joined):
+    """It may have been under way when the engine died: its successor must vouch for itself."""
+    assert joined.ask(5.0) == 2
+    joined.interrupted(5.0)
+    assert joined.receive_replayed(*message(2), 5.0) == []
+    assert joined.receive(*message(3, ts=103.0), 5.0) == []
+    _, steps = replay(joined, [message(n, ts=100.0 + n) for n in range(4)], 5.0)
+    assert applied(steps) == ["clear"]
+
+
+def test_a_batch_that_comes_live_and_by_replay_is_one(joined):
+    """The reply lost its first message, so the second was held until the live one came."""
+    joined.receive(*message(5), 5.0)
+    joined.ask(5.0)
+    assert joined.receive_replayed(*message(3), 5.0) == []
+    assert applied(joined.receive(*message(3), 5.0)) == [4.0]
+    joined.receive_replayed(*message(4), 5.0)
+    assert applied(joined.receive(*message(4), 5.0)) == [5.0, 6.0]
+    assert (joined.problem, joined.last_seq) == (None, 5)
+
+
+def test_without_replay_a_batch_from_before_a_full_store_is_late():
+    """Those behind it have just been applied: going back would undo them."""
+    stream = Stream(has_replay=False, limits=StreamLimits(max_held_batches=2))
+    for n in (0, 4, 5):
+        stream.receive(*message(n), 0.0)
+    assert applied(stream.receive(*message(2), 0.0)) == ["clear", 5.0, 6.0]
+    assert (stream.last_seq, stream.counters.lost, stream.counters.duplicates) == (5, 3, 1)
+    assert applied(stream.receive(*message(6), 0.0)) == [7.0]
+
+
+def test_a_pod_is_not_exact_before_the_end_of_a_reply():
+    """What the reply has still to bring is missing, whether a number shows it or not."""
+    stream = Stream(has_replay=True, limits=LIMITS)
+    stream.ask(0.0)
+    stream.receive_replayed(*message(0), 0.0)
+    assert stream.problem == "history is being replayed"
+    stream.reply_ended(0.0)
+    assert stream.problem is None
+    stream.interrupted(1.0)
+    stream.ask(1.0)
+    stream.receive_replayed(*message(0), 1.0)
+    assert stream.problem == "history is being replayed"
+    stream.reply_ended(1.0)
+    assert stream.problem is None
+
+
+def test_a_batch_that_cannot_be_read_is_missing_until_it_is_replayed(joined):
+    """Nothing may come after it that would show the hole, and the replay socket may be down."""
+    joined.damaged(3, 10.0)
+    assert joined.problem == "waiting for batch 3"
+    replay(joined, [message(2), message(3)], 10.0)
+    assert joined.problem is None
+    joined.damaged(None, 20.0)
+    assert joined.problem == "a message could not be read; the publisher is being verified"
+    replay(joined, [message(3)], 20.0)
+    assert joined.problem is None
+
+
+def test_what_came_live_while_history_is_rebuilt_is_not_forgotten(joined):
+    """The reply was written before it, so its end does not tell that all is there."""
+    test_a_silent_replay_socket_does_not_hold_up_live_events_for_ever(joined)
+    assert joined.ask(100.0) == 0
+    joined.receive(*message(5), 100.0)
+    steps = [s for n in range(5) for s in joined.receive_replayed(*message(n), 100.0)]
+    joined.reply_ended(100.0)
+    assert joined.problem == "waiting for batch 5"
+    start, more = replay(joined, [message(n) for n in range(6)], 100.0)
+    assert (start, applied(steps + more)[-2:], joined.problem) == (4, [5.0, 6.0], None)
+
+
+def test_a_rebuild_is_tried_again_whatever_its_replies_lost(joined):
+    """The whole history is still there; only the way to it loses messages."""
+    test_a_silent_replay_socket_does_not_hold_up_live_events_for_ever(joined)
+    now, history = 100.0, [message(n) for n in range(5)]
+    for _ in range(5):
+        start, _ = replay(joined, history[1:], now)
+        assert (start, joined.problem) == (0, "batches 3 to 3 are lost")
+        now += 1000.0
+    replay(joined, history, now)
+    assert joined.problem is None
+
+
+def test_a_history_that_cannot_be_had_is_asked_for_ever_less_often(joined):
+    """A whole buffer is much to send for nothing."""
+    test_a_gap_older_than_the_buffer_costs_the_blocks(joined)
+    asked = []
+    for now in range(30, 4030):
+        if (start := joined.ask(now)) is not None:
+            asked += [now] if start == 0 else []
+            joined.receive_replayed(*message(9), now)
+            joined.reply_ended(now)
+    assert len(asked) == 8
+
+
+def test_a_break_before_the_first_batch_leaves_nothing_exact():
+    """What was held is dropped, and with it the only sign that there is more."""
+    stream = Stream(has_replay=True, limits=LIMITS)
+    replay(stream, [])
+    stream.receive(*message(1), 1.0)
+    stream.interrupted(1.0)
+    assert stream.problem is not None
+    replay(stream, [message(0), message(1)], 1.0)
+    assert (stream.problem, stream.last_seq) == (None, 1)
+
+
+def test_without_replay_an_earlier_clear_does_not_forgive_a_later_loss():
+    """A batch that was held may clear the cache, and what could not be read came after it."""
+    stream = Stream(has_replay=False, limits=LIMITS)
+    stream.receive(*message(0), 0.0)
+    stream.receive(*message(2, events=[AllBlocksCleared()]), 0.0)
+    stream.damaged(3, 0.0)
+    stream.receive(*message(1), 0.0)
+    assert (stream.last_seq, stream.problem) == (2, "waiting for batch 3")
+    assert applied(stream.tick(1.0)) == ["clear"]
+    assert stream.problem == "batches 3 to 3 are lost"

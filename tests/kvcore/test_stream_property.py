@@ -127,8 +127,9 @@ class World:
         elif op == "swap" and len(self.wire) > 1:
             self.wire[0], self.wire[1] = self.wire[1], self.wire[0]
         elif op == "garble" and self.wire:
-            self.wire.pop(0)
-            self.carry_out(self.stream.damaged(self.now))
+            seq = self.wire.pop(0)[0]
+            is_readable = self.random.random() < 0.5
+            self.carry_out(self.stream.damaged(seq if is_readable else None, self.now))
         elif op == "reply":
             self.step_reply(is_lossy=self.random.random() < 0.5)
         elif op == "wait":
@@ -138,8 +139,7 @@ class World:
         elif op == "break":
             self.lose_connection()
         elif op == "restart":
-            self.kept.clear()
-            self.reply.clear()
+            self.kept.clear()  # what is left of a reply was under way, and arrives
             self.truth.clear()
             self.seq = 0
             self.lose_connection()
