@@ -211,9 +211,8 @@ def _fetch_online(name: str, revision: str, settings: ModelsSettings, force: boo
     texts = {}
     started = time.monotonic()
     for file in _wanted(listing):
-        path = _ask(
+        path = _name_errors(  # the client tries a busy hub again itself, for half a minute
             name,
-            settings,
             lambda file=file: hf_hub_download(
                 name,
                 file,
@@ -239,7 +238,7 @@ _Answer = TypeVar("_Answer")
 
 
 def _ask(name: str, settings: ModelsSettings, question: Callable[[], _Answer]) -> _Answer:
-    """Ask the hub; try again where waiting can help."""
+    """Ask the hub what its client asks but once; try again where waiting can help."""
     wait_s = 0.5
     for attempt in range(settings.hub_retries + 1):
         try:
