@@ -15,8 +15,8 @@ from kvcore.errors import EventDecodeError
 from kvcore.events import EventBatch
 from kvcore.feed import Feed, ModelRoot
 from kvcore.index import BlockIndex
-from kvcore.stream import Clear, Step, Stream
-from kvcore.stream_state import PodState, Position, StreamLimits
+from kvcore.stream import Stream
+from kvcore.stream_state import Clear, PodState, Position, Step, StreamLimits
 
 log = logging.getLogger(__name__)
 

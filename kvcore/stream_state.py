@@ -1,9 +1,11 @@
-"""What a publisher's stream is told, counts and leaves behind."""
+"""What a publisher's stream is told, hands out, counts and leaves behind."""
 
 import zlib
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
+
+from kvcore.events import EventBatch
 
 
 class PodState(str, Enum):
@@ -45,6 +47,15 @@ class StreamCounters:
     conflicts: int = 0
     replays_asked: int = 0
     replays_failed: int = 0
+
+
+class Clear(NamedTuple):
+    """Drop the publisher's blocks before the next step."""
+
+    reason: str
+
+
+Step = Clear | EventBatch
 
 
 class Mark(NamedTuple):

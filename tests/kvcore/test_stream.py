@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kvcore.events import AllBlocksCleared, BlockRemoved, EventBatch
-from kvcore.stream import Clear, Stream
-from kvcore.stream_state import Position, StreamLimits
+from kvcore.stream import Stream
+from kvcore.stream_state import Clear, Position, StreamLimits
 
 LIMITS = StreamLimits(max_attempts=3, retry_s=0.1, reply_timeout_s=1.0, probe_interval_s=5.0)
 

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvcore.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
-from kvcore.stream import Clear, Stream
-from kvcore.stream_state import StreamLimits
+from kvcore.stream import Stream
+from kvcore.stream_state import Clear, StreamLimits
 
 LIMITS = StreamLimits(
     max_held_batches=8,
@@ -202,6 +202,6 @@ def test_every_live_batch_is_counted_once(ops, seed):
     world = World(seed, has_replay=False, buffer=1000)
     for op in ops:
         world.act(op)
-    counters, held = world.stream.counters, len(world.stream._held)
+    counters, held = world.stream.counters, len(world.stream._hole.held)
     dropped = counters.duplicates + counters.shed + counters.conflicts
     assert counters.received == counters.applied + dropped + held
