@@ -7,6 +7,7 @@ whatever the bytes are, the answer is a batch, a batch with skipped events, or a
 """
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -316,10 +317,9 @@ def _tokens(values: Any) -> tuple[Tokens, bool]:
     is_bigram = isinstance(values[0], list)
     if is_bigram:
         values = [first for first, _ in values]
-    if not all(type(value) is int for value in values):
-        raise TypeError("token_ids are not integers")  # one string makes numpy's all as long
-    tokens = np.array(values)
-    if tokens.min() < 0 or tokens.max() >= 1 << 32:
+    # Takes integers alone; of one string among them, numpy would make all as long as that.
+    tokens = np.array(array("Q", values))
+    if tokens.max() >= 1 << 32:
         raise ValueError("a token id is out of range")
     return tokens.astype(np.uint32), is_bigram
 
