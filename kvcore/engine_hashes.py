@@ -62,15 +62,17 @@ def _as_unsigned(name: EngineHash) -> int:
 
 
 def _encode_bytes(hashes: Sequence[EngineHash]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    padded = bytearray()
-    for name in hashes:
-        if not isinstance(name, bytes) or len(name) > MAX_BYTES:
-            raise InvalidInputError("engine hashes must all be ints, or all at most 32 bytes")
-        padded += name.ljust(MAX_BYTES, b"\0") + len(name).to_bytes(8, "little")
-    words = np.frombuffer(bytes(padded), dtype=np.uint32)
-    names = np.empty(len(hashes), dtype=np.uint64)
-    xxh3.digests(words, (MAX_BYTES + 8) // 4, np.uint64(0), names)
-    return names, words.view(np.uint64)
+    n = len(hashes)
+    are_bytes = set(map(type, hashes)) == {bytes}
+    sizes = np.fromiter(map(len, cast("Sequence[bytes]", hashes)) if are_bytes else (), np.uint64)
+    if not are_bytes or sizes.max() > MAX_BYTES:
+        raise InvalidInputError("engine hashes must all be ints, or all at most 32 bytes")
+    wide = np.empty((n, MAX_BYTES // 8 + 1), dtype=np.uint64)
+    wide[:, :-1] = np.array(hashes, f"S{MAX_BYTES}").view(np.uint64).reshape(n, -1)
+    wide[:, -1] = sizes
+    names = np.empty(n, dtype=np.uint64)
+    xxh3.digests(wide.view(np.uint32).ravel(), (MAX_BYTES + 8) // 4, np.uint64(0), names)
+    return names, wide.ravel()
 
 
 def decode(names: NDArray[np.uint64], wide: NDArray[np.uint64]) -> list[EngineHash]:

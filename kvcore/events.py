@@ -296,7 +296,7 @@ def _hash(value: Any) -> int | bytes:
 def _hashes(values: Any) -> Hashes:
     values = _list(values)
     if values and isinstance(values[0], bytes):
-        if not all(isinstance(value, bytes) and value for value in values):
+        if set(map(type, values)) != {bytes} or not all(values):
             raise TypeError("block_hashes mix kinds, or one is empty")
         return values
     return np.array([_int_hash(value) for value in values], dtype=np.uint64)
