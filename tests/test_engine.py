@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
@@ -57,13 +58,25 @@ class Server:
             )
 
     def end(self, how: signal.Signals) -> None:
-        """End all of its processes."""
+        """End all of its processes, and remove the shared memory that killed ones leave."""
+        shared_memory = self._shared_memory()
         os.killpg(self._process.pid, how)
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        for file in shared_memory:
+            file.unlink(missing_ok=True)
+
+    def _shared_memory(self) -> set[Path]:
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                if os.getpgid(int(process.name)) == self._process.pid:
+                    maps = (process / "maps").read_text().split()
+                    found |= {Path(word) for word in maps if word.startswith("/dev/shm/")}  # noqa: S108  # a prefix
+        return found
 
 
 def root(model: str, adapter: str | None, salt: str | None) -> int:
