@@ -30,6 +30,7 @@ _BATCH_FIELDS = ["ts", "events", "data_parallel_rank"]
 _READ_BEFORE = frozenset(["type", *_STORED_FIELDS[:4]])  # by the kernel
 _HASH_MASK = (1 << 64) - 1
 _MAX_CACHED_BYTES = 512  # of an event's lesser fields
+_MAX_VALUES = 1 << 22  # of a message
 _MAX_KEPT_BYTES = 1 << 20  # a decoder's arrays are for messages up to this size
 
 
@@ -200,8 +201,9 @@ def decode_batch_by_library(payload: bytes) -> EventBatch:
 def _unpack(data: bytes) -> Any:
     # Headers promise counts, and the library allocates by them: nested promises add up to far
     # more than the message. Where each is kept, as checked here, they cannot.
-    if kernel.span(np.frombuffer(data, dtype=np.uint8), 0) != len(data):
-        raise ValueError("not one msgpack value")
+    # And an empty array takes a byte there, and 64 here: no batch of an engine has so many.
+    if kernel.span(np.frombuffer(data, dtype=np.uint8), 0, _MAX_VALUES) != len(data):
+        raise ValueError(f"not one msgpack value, or one of more than {_MAX_VALUES}")
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
     except (msgpack.UnpackException, RecursionError) as exc:

@@ -54,17 +54,19 @@ def _big_endian(data, pos, n):
     return value
 
 
-@njit(_I(BYTES, _I), nogil=True)
-def span(data, pos):  # noqa: PLR0912  # one branch per msgpack type
+@njit(_I(BYTES, _I, _I), nogil=True)
+def span(data, pos, most):  # noqa: PLR0912  # one branch per msgpack type
     """Return where the value that starts at ``pos`` of ``data`` [n] uint8 ends; -1: nowhere.
 
-    Counts of elements are backed by bytes, so a reader that allocates by them stays within
-    the size of the message. O(n), whatever the nesting.
+    So it is if it is made of more than ``most`` values. Counts of elements are backed by bytes,
+    so a reader that allocates by them stays within the size of the message. O(n), whatever the
+    nesting.
     """
     size, pending = data.size, 1
     while pending > 0:
         pending -= 1
-        if pos < 0 or pos >= size:
+        most -= 1
+        if pos < 0 or pos >= size or most < 0:
             return _OTHER
         kind = _I(data[pos])
         pos += 1
@@ -251,7 +253,7 @@ def _read_event(data, pos, hashes, hash_at, tokens, token_at, row):  # noqa: PLR
     if row[N_REST] < 0:
         return _OTHER
     for _ in range(row[N_REST] * (2 if is_map else 1)):
-        pos = span(data, pos)
+        pos = span(data, pos, data.size)
     row[REST_END] = pos
     return pos
 

@@ -262,7 +262,7 @@ def test_an_engine_that_is_gone_is_doubted_at_once(context, endpoint):
             await publish(engine, cache, 20)
             await until(lambda: is_exact(subscriber, cache))
             engine.close()
-            await until(lambda: status(subscriber).state is PodState.PARTIAL, 1.0)
+            await until(lambda: status(subscriber).state is PodState.PARTIAL)
             assert "connection broke" in (status(subscriber).reason or "")
             await until(lambda: status(subscriber).blocks == 0)
             assert status(subscriber).state is PodState.PARTIAL

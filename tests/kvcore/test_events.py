@@ -178,6 +178,8 @@ def test_long_hashes_keep_every_byte():
         b"\x91" * 100_000,
         b"\x93\xcb" + bytes(8) + b"\x91" * 100_000 + b"\xc0",
         b"\xdd\x00\x10\x00\x00" * 200_000,  # each promises a mebi of values: 8 TB, believed
+        # 5 MB, all there, of empty arrays that take 64 times as much.
+        b"\x92\xcb" + bytes(8) + b"\xdd" + (5 << 20).to_bytes(4, "big") + b"\x90" * (5 << 20),
         pickle.dumps(["BlockStored"]),
         pack(7),
         pack([]),
