@@ -58,7 +58,6 @@ class Follower:
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[Any], None],
         changed: Callable[[], None],
-        now: float,
         wall_clock: Callable[[], float],
     ) -> None:
         self.pod, self.rank = pod, rank
@@ -85,7 +84,6 @@ class Follower:
         self._socket: zmq.Socket | None = None
         self._is_reply_open = False
         self._accusation: str | None = None
-        self._started_at = now
         self._state: PodState | None = None
         self._since = 0.0
         if replay is not None:
@@ -118,8 +116,7 @@ class Follower:
             "stream": self.stream.position(),
             "model": self._model,
             "is_model_learned": self._is_model_learned,
-            "rank": self.rank,  # as the batches say
-            "doubts": [[self.rank, self._feed.doubt]],
+            "doubts": [[self.rank, self._feed.doubt]],  # the rank as the batches say
         }
 
     def resume(self, position: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ class Subscriber:
             self.remove_pod(pod.name)
         if pod.events is None and self._bound is None:
             raise InvalidInputError(f"pod {pod.name} has no events endpoint, and nothing is bound")
-        if len({name for name, _ in self._followers} - {pod.name}) >= self._settings.max_pods:
+        if not self._has_room(pod.name):
             raise InvalidInputError(f"more than {self._settings.max_pods} pods")
         self._removed.discard(pod.name)
         if any(name == pod.name for name, _ in self._followers):  # discovered, now configured
@@ -213,7 +213,6 @@ class Subscriber:
             loop=loop,
             wake=self._wake,
             changed=self._forget_states,
-            now=self._clock(),
             wall_clock=self._wall_clock,
         )
         position = self._positions.pop((name, rank), None)
@@ -248,6 +247,10 @@ class Subscriber:
             if is_behind:
                 follower.note_break(now)
                 follower.ask(now)
+
+    def _has_room(self, pod: str) -> bool:
+        """Whether a pod of this name may be followed; a further rank of one always may."""
+        return len({name for name, _ in self._followers} - {pod}) < self._settings.max_pods
 
     def _has_inlet(self, pod: str) -> bool:
         return pod in self._pods and self._pods[pod].events is not None
@@ -349,8 +352,7 @@ class Subscriber:
         if batch is None:  # nothing readable to tell a rank by
             self.counters.unattributed += 1
             return None
-        others = {name for name, _ in self._followers} - {pod}
-        if rank >= MAX_RANK or len(others) >= self._settings.max_pods:
+        if rank >= MAX_RANK or not self._has_room(pod):
             self.counters.refused_pods += 1
             return None
         return self._follow(pod, rank, self._pods.get(pod), model)

@@ -67,10 +67,9 @@ _PART_FIELDS = frozenset({
 })  # fmt: skip
 # Fields of messages to which vLLM applies OpenAI's schema; others may hold a list of strings.
 _OPENAI_FIELDS = {
-    "developer": frozenset({"role", "content", "name"}),
-    "system": frozenset({"role", "content", "name"}),
-    "user": frozenset({"role", "content", "name"}),
-    "assistant": frozenset({"role", "content", "name"}),
+    **dict.fromkeys(
+        ("developer", "system", "user", "assistant"), frozenset({"role", "content", "name"})
+    ),
     "tool": frozenset({"role", "content", "tool_call_id"}),
 }
 _BILLING_HEADER = "x-anthropic-billing-header"

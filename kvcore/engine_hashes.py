@@ -62,14 +62,13 @@ def _as_unsigned(name: EngineHash) -> int:
 
 
 def _encode_bytes(hashes: Sequence[EngineHash]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    n = len(hashes)
-    are_bytes = set(map(type, hashes)) == {bytes}
-    sizes = np.fromiter(map(len, cast("Sequence[bytes]", hashes)) if are_bytes else (), np.uint64)
-    if not are_bytes or sizes.max() > MAX_BYTES:
+    given = cast("Sequence[bytes]", hashes)
+    if set(map(type, hashes)) != {bytes} or max(map(len, given)) > MAX_BYTES:
         raise InvalidInputError("engine hashes must all be ints, or all at most 32 bytes")
+    n = len(given)
     wide = np.empty((n, MAX_BYTES // 8 + 1), dtype=np.uint64)
-    wide[:, :-1] = np.array(hashes, f"S{MAX_BYTES}").view(np.uint64).reshape(n, -1)
-    wide[:, -1] = sizes
+    wide[:, :-1] = np.array(given, f"S{MAX_BYTES}").view(np.uint64).reshape(n, -1)
+    wide[:, -1] = [*map(len, given)]
     names = np.empty(n, dtype=np.uint64)
     xxh3.digests(wide.view(np.uint32).ravel(), (MAX_BYTES + 8) // 4, np.uint64(0), names)
     return names, wide.ravel()

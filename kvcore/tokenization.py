@@ -88,6 +88,7 @@ class PromptTokenizer:
                     raise
         if self._reference is None:
             self._reference = _Reference(self._text, self._cache_bytes)
+            self._reference.slice_answers()
         return self._reference.encode(text, add_special_tokens)
 
     def strings(self, tokens: Tokens) -> list[str]:

@@ -1,7 +1,6 @@
 """One Ray instance for all end-to-end tests: started once, ended by name of its processes."""
 
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
@@ -9,29 +8,14 @@ import pytest
 import yaml
 
 from deployments.launch import running
+from tests.ports import free_ports
 
 _N_PODS = 3
 
 
-def _free_ports(n: int) -> int:
-    """Return the first of ``n`` consecutive free loopback ports."""
-    for first in range(21_000, 29_000, n):
-        probes = [socket.socket() for _ in range(n)]
-        try:
-            for offset, probe in enumerate(probes):
-                probe.bind(("127.0.0.1", first + offset))
-        except OSError:
-            continue
-        finally:
-            for probe in probes:
-                probe.close()
-        return first
-    raise RuntimeError("no free ports")
-
-
 def _configuration(scratch: Path) -> dict:
     """Two applications over one fleet: everything inline at ``/``, apart at ``/apart``."""
-    first = _free_ports(3 * _N_PODS + 4)
+    first = free_ports(3 * _N_PODS + 4)
     http, events, replay, own = (first + i * _N_PODS for i in range(4))
     fleet = {
         "n_pods": _N_PODS, "capacity_blocks": 96, "first_http_port": http,

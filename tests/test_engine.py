@@ -8,7 +8,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,6 +25,7 @@ from kvcore.index import BlockIndex
 from kvcore.scorer import score
 from kvcore.stream_state import PodState
 from tests.deployments.test_faults import until
+from tests.ports import free_ports
 from tests.shared import shared
 
 BLOCK_SIZE, VOCABULARY, POD = 32, 2048, "pod-a"
@@ -36,7 +36,8 @@ class Server:
     """A pod that can be killed and started again."""
 
     def __init__(self, folder: Path, scratch: Path) -> None:
-        self._http, self._replay = free_port(), free_port()
+        self._http = free_ports(2)
+        self._replay = self._http + 1
         self._folder, self._scratch = folder, scratch
         self.url, self.replay = (
             f"{scheme}://127.0.0.1:{port}"
@@ -81,12 +82,6 @@ class Server:
 
 def root(model: str, adapter: str | None, salt: str | None) -> int:
     return namespace_root("tiny", block_size=BLOCK_SIZE, lora=adapter, salt=salt)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import platform
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import yaml
 from deployments.launch import Service
 from deployments.settings import Settings
 from kvcore.tokenization import PromptTokenizer
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "deployments/embedded"
@@ -87,16 +87,6 @@ def make_config(folder: Path, placement: str) -> tuple[Path, int]:
     path = folder / f"{port}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path, port
-
-
-def free_ports(count: int) -> int:
-    """Return the first of so many consecutive ports that are free, below Serve's (30000)."""
-    for first in random.SystemRandom().sample(range(20_000, 29_000, count), 200):
-        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-    raise RuntimeError(f"no {count} consecutive ports are free")
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,19 @@
 """The simulated engines in one process, without Ray."""
 
 import asyncio
-import socket
 
 import aiohttp
 
 from deployments.fleet import Fleet
 from deployments.settings import Settings
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.ports import free_ports
 
 
 def test_engines_render_by_the_settings_that_predict_them():
     """Else each request with a template of its own were scored here and refused there."""
     fleet = {"n_pods": 1, "prefill_us_per_token": 0, "decode_ms_per_token": 0}
-    ports = {name: _free_port() for name in ("http", "event", "replay")}
+    first = free_ports(3)
+    ports = {"http": first, "event": first + 1, "replay": first + 2}
     settings = Settings.model_validate({
         "models": {"use_hub": False},
         "renderer": {"trust_request_chat_template": True},
